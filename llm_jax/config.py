@@ -1,0 +1,312 @@
+"""Every setting once: frozen dataclasses, validated, JSON in and out, fingerprinted.
+
+Dimension letters in array names, as in `logits_BxTxV` (scaling/ writes parameters and tokens out as n_params, d_tokens):
+
+    B  rows of a batch          D  width of the residual stream     K  key/value heads
+    T  positions of a row       F  hidden width of the MLP          G  query heads a key/value head, N // K
+    S  positions attended to    V  vocabulary                       H  width of one head
+    L  layers                   N  query heads                      C  steps of one compiled call
+
+This module imports nothing heavy, so that `llm-jax --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar, get_type_hints
+
+RULE: Literal["rule"] = "rule"
+"""A setting that follows N and D by the rules of llm_jax/ladder.py."""
+
+SOURCES = ("stdlib", "files", "synthetic", "tfds:NAME")
+T = TypeVar("T")
+
+
+class BadInput(ValueError):
+    """Something the user gave cannot be used. The message is one line: it names the thing and the nearest valid one."""
+
+
+def did_you_mean(name: str, valid: Iterable[str]) -> str:
+    """'; did you mean "x"?' for the closest valid name, or the whole list where none is close."""
+    valid = sorted(valid)
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    return f'; did you mean "{close[0]}"?' if close else f"; valid: {', '.join(valid)}"
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise BadInput(message)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A decoder-only Transformer."""
+
+    vocab_size: int = 256
+    """Rows of the embedding. The tokenizer "bytes" needs 256."""
+    num_layers: int = 4
+    d_model: int = 128
+    """Width of the residual stream."""
+    num_heads: int = 2
+    num_kv_heads: int | None = None
+    """Key/value heads: None for multi-head, fewer for grouped-query (Ainslie et al. 2023), 1 for multi-query attention."""
+    head_dim: int | None = None
+    """None: d_model / num_heads."""
+    d_ff: int | None = None
+    """Hidden width of the MLP. None: 4 d_model, or 8/3 d_model rounded up to a multiple of 8 for swiglu, which has three matrices."""
+    mlp: Literal["gelu", "swiglu", "relu2"] = "relu2"
+    """relu2 is the squared ReLU of Primer (So et al. 2021)."""
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    norm_position: Literal["pre", "post"] = "pre"
+    positions: Literal["rotary", "learned", "sinusoidal"] = "rotary"
+    rope_theta: float = 10_000.0
+    max_context: int = 2048
+    """Rows of the table of learned positions; unused otherwise."""
+    tie_embeddings: bool = True
+    qk_norm: bool = True
+    """RMSNorm on queries and keys (Dehghani et al. 2023): keeps high learning rates stable."""
+    logit_softcap: float | None = None
+    """logits = cap * tanh(logits / cap), as in Gemma 2."""
+    window: int | None = None
+    """Sliding-window attention: positions a token sees, itself included."""
+    dropout: float = 0.0
+    """On embeddings and on each block's output."""
+    scan_layers: bool = False
+    """One compiled block scanned over the layers: compiles faster when deep, runs slower when small. Same parameters either way."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the computation; parameters are float32."""
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff", "window"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, f"model.{name} must be positive, got {value}")
+        if self.head_dim is None and self.d_model % self.num_heads:
+            fits = min(range(1, self.d_model + 1), key=lambda h: (self.d_model % h != 0, abs(h - self.num_heads)))
+            raise BadInput(
+                f"model.num_heads={self.num_heads} does not divide model.d_model={self.d_model}; nearest that does: {fits}"
+            )
+        if self.num_heads % self.kv_heads:
+            divisors = [k for k in range(1, self.num_heads + 1) if self.num_heads % k == 0]
+            fits = min(divisors, key=lambda k: abs(k - self.kv_heads))
+            raise BadInput(
+                f"model.num_kv_heads={self.kv_heads} does not divide model.num_heads={self.num_heads}; nearest that does: {fits}"
+            )
+        if self.positions == "rotary":
+            _require(self.head_width % 2 == 0, f"rotary positions need an even head_dim, got {self.head_width}; try {self.head_width + 1}")
+        if self.positions == "sinusoidal":
+            _require(self.d_model % 2 == 0, f"sinusoidal positions need an even model.d_model, got {self.d_model}; try {self.d_model + 1}")
+        _require(0 <= self.dropout < 1, f"model.dropout must lie in [0, 1), got {self.dropout}")
+
+    @property
+    def head_width(self) -> int:
+        return self.head_dim or self.d_model // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def ff_width(self) -> int:
+        if self.d_ff:
+            return self.d_ff
+        return -(-8 * self.d_model // 3 // 8) * 8 if self.mlp == "swiglu" else 4 * self.d_model
+
+
+@dataclass(frozen=True)
+class Synthetic:
+    """A source of unlimited text whose entropy rate is known exactly; see llm_jax/data/synthetic.py."""
+
+    keys: int = 4096
+    """Contexts, drawn by a Zipf law."""
+    exponent: float = 1.3
+    """Of the Zipf law: p_k proportional to k^-exponent."""
+    noise: float = 0.1
+    """Chance that an answer is drawn uniformly and not from the table."""
+    documents: int = 20_000
+    """Of about 1,000 characters each."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.keys >= 2, f"data.synthetic.keys must be at least 2, got {self.keys}")
+        _require(self.exponent > 0, f"data.synthetic.exponent must be positive, got {self.exponent}")
+        _require(0 <= self.noise < 1, f"data.synthetic.noise must lie in [0, 1), got {self.noise}")
+        _require(self.documents >= 2, f"data.synthetic.documents must be at least 2, got {self.documents}")
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where tokens come from and how they are cut into rows."""
+
+    source: str = "stdlib"
+    """stdlib (this interpreter's own sources), files, synthetic, or tfds:NAME for a data set registered with TFDS."""
+    files: tuple[str, ...] = ()
+    """Globs for source files: .txt .md .py, and .jsonl with an optional .gz .xz .zst."""
+    text_field: str = "text"
+    """The field of a .jsonl line or a TFDS example that holds the document."""
+    tokenizer: Literal["bytes", "bpe", "unigram"] = "bytes"
+    """bpe and unigram are SentencePiece models of model.vocab_size pieces with byte fallback, trained on the source."""
+    context: int = 128
+    """Tokens of a training row."""
+    val_fraction: float = 0.05
+    """Share of the documents that is held out."""
+    eval_tokens: int = 65_536
+    """Tokens of the fixed held-out set, spread evenly over the held-out documents; all of them where there are fewer."""
+    document_mask: bool = False
+    """Attention stays inside a document. Off, as in GPT-2: a packed row then sees the end of the document before."""
+    shuffle_seed: int = 0
+    synthetic: Synthetic = field(default_factory=Synthetic)
+
+    def __post_init__(self) -> None:
+        kind = self.source.split(":", 1)[0]
+        valid = {name.split(":")[0] for name in SOURCES}
+        if kind not in valid or (kind == "tfds") != (":" in self.source):
+            raise BadInput(f'data.source "{self.source}" is no source{did_you_mean(self.source, SOURCES)}')
+        _require(self.source != "files" or bool(self.files), "data.source=files needs data.files, for instance 'corpus/*.jsonl.xz'")
+        _require(self.source == "files" or not self.files, f"data.files is only read by data.source=files, not by {self.source}")
+        _require(self.context >= 2, f"data.context must be at least 2, got {self.context}")
+        _require(0 < self.val_fraction < 1, f"data.val_fraction must lie in (0, 1), got {self.val_fraction}")
+        _require(
+            self.eval_tokens >= self.context,
+            f"data.eval_tokens={self.eval_tokens} is less than one row; at least data.context={self.context}",
+        )
+
+
+@dataclass(frozen=True)
+class Train:
+    """One run of the optimizer. "rule" follows N and D; llm_jax/ladder.py says how and why."""
+
+    tokens: int | Literal["rule"] = RULE
+    """D, the tokens trained on; "rule": 20 a parameter (Hoffmann et al. 2022)."""
+    tokens_per_step: int | Literal["rule"] = RULE
+    """The global batch, in tokens."""
+    peak_lr: float | Literal["rule"] = RULE
+    schedule: Literal["cosine", "linear", "wsd"] = "cosine"
+    """wsd: warm-up, stable, decay (Hu et al. 2024); its trunk serves several horizons."""
+    warmup_steps: int | Literal["rule"] = RULE
+    decay_fraction: float = 0.2
+    """Share of the steps in the cool-down of wsd, 1 - sqrt (Haegele et al. 2024)."""
+    final_lr: float = 0.0
+    """Learning rate at the end, as a share of the peak."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1
+    """Decoupled, times the learning rate, on matrices alone."""
+    clip_norm: float = 1.0
+    z_loss: float = 0.0
+    """Weight of mean(logsumexp(logits)^2) (PaLM, 1e-4 there)."""
+    grad_accumulation: int = 1
+    """Microbatches a step."""
+    steps_per_call: int = 32
+    """Optimizer steps in one compiled call; metrics, checkpoints and stops fall between calls."""
+    checkpoint_every: int = 2000
+    """Steps between checkpoints; the last step always has one."""
+    eval_every: int = 0
+    """Steps between evaluations on the held-out set; 0: at the end alone."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "tokens_per_step", "peak_lr", "grad_accumulation", "steps_per_call", "checkpoint_every", "clip_norm"):
+            value = getattr(self, name)
+            _require(value == RULE or value > 0, f"train.{name} must be positive, got {value}")
+        _require(self.warmup_steps == RULE or self.warmup_steps >= 0, f"train.warmup_steps must not be negative, got {self.warmup_steps}")
+        _require(0 < self.decay_fraction <= 1, f"train.decay_fraction must lie in (0, 1], got {self.decay_fraction}")
+        _require(0 <= self.final_lr <= 1, f"train.final_lr is a share of the peak in [0, 1], got {self.final_lr}")
+
+
+@dataclass(frozen=True)
+class Config:
+    """All of one trial."""
+
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    train: Train = field(default_factory=Train)
+
+    def __post_init__(self) -> None:
+        if self.data.tokenizer == "bytes":
+            _require(self.model.vocab_size >= 256, f"the tokenizer bytes needs model.vocab_size >= 256, got {self.model.vocab_size}")
+        if self.model.positions == "learned":
+            _require(
+                self.data.context <= self.model.max_context,
+                f"data.context={self.data.context} exceeds the learned positions; model.max_context={self.model.max_context}",
+            )
+        if self.train.tokens_per_step != RULE:
+            unit = self.data.context * self.train.grad_accumulation
+            if self.train.tokens_per_step % unit:
+                near = max(1, round(self.train.tokens_per_step / unit)) * unit
+                raise BadInput(
+                    f"train.tokens_per_step={self.train.tokens_per_step} is no multiple of data.context x train.grad_accumulation"
+                    f" = {unit}; nearest: {near}"
+                )
+
+    @property
+    def resolved(self) -> bool:
+        """True when no setting is left to a rule."""
+        return RULE not in (self.train.tokens, self.train.tokens_per_step, self.train.peak_lr, self.train.warmup_steps)
+
+    @property
+    def rows_per_step(self) -> int:
+        return int(self.train.tokens_per_step) // self.data.context
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps: D over the batch, rounded, at least one."""
+        return max(1, round(int(self.train.tokens) / int(self.train.tokens_per_step)))
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A dataclass as plain JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
+    """The inverse of `to_dict`; an unknown field raises BadInput with the nearest name."""
+    hints = get_type_hints(cls)
+    kwargs = {}
+    for name, value in values.items():
+        if name not in hints:
+            raise BadInput(f'"{path}{name}" names no field of {cls.__name__}{did_you_mean(name, hints)}')
+        if dataclasses.is_dataclass(hints[name]):
+            value = from_dict(hints[name], value, f"{path}{name}.")  # type: ignore[arg-type]
+        elif isinstance(value, list):
+            value = tuple(value)
+        kwargs[name] = value
+    return cls(**kwargs)
+
+
+def field_names(cls: type, prefix: str = "") -> list[str]:
+    """Dotted names of all leaf fields."""
+    names = []
+    for name, hint in get_type_hints(cls).items():
+        names += field_names(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else [prefix + name]  # type: ignore[arg-type]
+    return names
+
+
+def override(config: T, values: Mapping[str, Any]) -> T:
+    """A copy with fields replaced by dotted name, all at once, so that settings that depend on each other may change together.
+
+    Raises BadInput for a name that is no field, and for whatever the dataclasses refuse.
+    """
+    tree = to_dict(config)
+    valid = field_names(type(config))
+    for name, value in values.items():
+        if name not in valid:
+            raise BadInput(f'"{name}" names no field of {type(config).__name__}{did_you_mean(name, valid)}')
+        *parents, leaf = name.split(".")
+        node = tree
+        for parent in parents:
+            node = node[parent]
+        node[leaf] = value
+    return from_dict(type(config), tree)
+
+
+def fingerprint(value: Any) -> str:
+    """12 hex digits of the SHA-256 of a dataclass or of JSON values: the name of a trial."""
+    if dataclasses.is_dataclass(value):
+        value = to_dict(value)
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]

@@ -1,0 +1,45 @@
+"""Attention as plain matrix products: the reference that faster kernels are held against."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def attention_mask(
+    num_queries: int, num_keys: int, window: int | None, segment_BxT: jax.Array | None, offset: jax.Array | None
+) -> jax.Array:
+    """True where a query may look, shape B or 1 x 1 x 1 x T x S: not ahead, within the window, within its own document.
+
+    `offset` is the position of the first query among the keys (0 without a cache).
+    """
+    query_Tx1 = jnp.arange(num_queries)[:, None] + (0 if offset is None else offset)
+    key_1xS = jnp.arange(num_keys)[None, :]
+    mask_TxS = key_1xS <= query_Tx1
+    if window is not None:
+        mask_TxS &= query_Tx1 - key_1xS < window
+    mask = mask_TxS[None, None, None]
+    if segment_BxT is not None:
+        mask = mask & (segment_BxT[:, None, None, :, None] == segment_BxT[:, None, None, None, :])
+    return mask
+
+
+def attend(
+    q_BxTxNxH: jax.Array,
+    k_BxSxKxH: jax.Array,
+    v_BxSxKxH: jax.Array,
+    *,
+    window: int | None = None,
+    segment_BxT: jax.Array | None = None,
+    offset: jax.Array | None = None,
+) -> jax.Array:
+    """Causal softmax(q k / sqrt(H)) v with the softmax in float32; query head n reads key/value head n // G. Returns BxTxNxH."""
+    B, T, N, H = q_BxTxNxH.shape
+    S, K = k_BxSxKxH.shape[1:3]
+    q_BxTxKxGxH = q_BxTxNxH.reshape(B, T, K, N // K, H) * q_BxTxNxH.dtype.type(H**-0.5)
+    scores_BxKxGxTxS = jnp.einsum("btkgh,bskh->bkgts", q_BxTxKxGxH, k_BxSxKxH).astype(jnp.float32)
+    mask = attention_mask(T, S, window, segment_BxT, offset)
+    # A large negative number, not -inf: a row of a cache that sees nothing yet must not turn NaN.
+    scores_BxKxGxTxS = jnp.where(mask, scores_BxKxGxTxS, jnp.float32(-1e30))
+    weights_BxKxGxTxS = jax.nn.softmax(scores_BxKxGxTxS, axis=-1).astype(v_BxSxKxH.dtype)
+    return jnp.einsum("bkgts,bskh->btkgh", weights_BxKxGxTxS, v_BxSxKxH).reshape(B, T, N, H)

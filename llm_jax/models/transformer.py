@@ -1,0 +1,231 @@
+"""The decoder-only Transformer: Flax modules, and the pure functions `init`, `apply` and `init_cache` that the rest of the code sees.
+
+Parameters carry logical axis names ("vocab", "embed", "heads", "kv", "mlp", "layers"). Those of the blocks are stacked over
+layers whether the layers are scanned or unrolled, so that a checkpoint does not know which of the two trained it.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from llm_jax.config import Model
+from llm_jax.models.attention import attend
+
+Params = Any
+
+
+class Cache(NamedTuple):
+    """Keys and values of the positions seen so far; `length` of them are filled."""
+
+    k_LxBxSxKxH: jax.Array
+    v_LxBxSxKxH: jax.Array
+    length: jax.Array
+
+
+def _init(axes: tuple[str, ...], fan_in: int | None) -> nn.initializers.Initializer:
+    """Normal of variance 1/fan_in; zeros for None: the last matrix of each branch, so that every block starts as the identity."""
+    init = nn.initializers.normal(fan_in**-0.5) if fan_in else nn.initializers.zeros_init()
+    return nn.with_logical_partitioning(init, axes)
+
+
+class Norm(nn.Module):
+    """RMSNorm (Zhang and Sennrich 2019) or LayerNorm without bias, in float32."""
+
+    kind: str
+    axis: str = "embed"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones_init(), (self.axis,)), x.shape[-1:])
+        y = x.astype(jnp.float32)
+        if self.kind == "layernorm":
+            y = y - y.mean(-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + 1e-6)
+        return (y * jnp.broadcast_to(scale, y.shape)).astype(x.dtype)
+
+
+def rotate(x_BxTxNxH: jax.Array, positions_BxT: jax.Array, theta: float) -> jax.Array:
+    """Rotary position embedding (Su et al. 2021), halves rotated against each other as in GPT-NeoX and Llama."""
+    half = x_BxTxNxH.shape[-1] // 2
+    frequency_H = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle_BxTx1xH = (positions_BxT.astype(jnp.float32)[:, :, None] * frequency_H[None, None, :])[:, :, None, :]
+    cos, sin = jnp.cos(angle_BxTx1xH).astype(x_BxTxNxH.dtype), jnp.sin(angle_BxTx1xH).astype(x_BxTxNxH.dtype)
+    a, b = x_BxTxNxH[..., :half], x_BxTxNxH[..., half:]
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+def sinusoids(positions_BxT: jax.Array, width: int) -> jax.Array:
+    """The fixed positions of Vaswani et al. 2017, section 3.5: sines in the first half of the width, cosines in the second."""
+    frequency_D = 10_000.0 ** (-jnp.arange(width // 2, dtype=jnp.float32) / (width // 2))
+    angle_BxTxD = positions_BxT.astype(jnp.float32)[:, :, None] * frequency_D[None, None, :]
+    return jnp.concatenate([jnp.sin(angle_BxTxD), jnp.cos(angle_BxTxD)], axis=-1)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention (Ainslie et al. 2023); multi-head when K == N, multi-query when K == 1."""
+
+    cfg: Model
+
+    @nn.compact
+    def __call__(self, x_BxTxD, positions_BxT, segment_BxT, cache, length):
+        cfg, dtype = self.cfg, x_BxTxD.dtype
+        heads, kv_heads, width = cfg.num_heads, cfg.kv_heads, cfg.head_width
+        q_DxNxH = self.param("q", _init(("embed", "heads", "head"), cfg.d_model), (cfg.d_model, heads, width))
+        k_DxKxH = self.param("k", _init(("embed", "kv", "head"), cfg.d_model), (cfg.d_model, kv_heads, width))
+        v_DxKxH = self.param("v", _init(("embed", "kv", "head"), cfg.d_model), (cfg.d_model, kv_heads, width))
+        out_NxHxD = self.param("out", _init(("heads", "head", "embed"), None), (heads, width, cfg.d_model))
+        q_BxTxNxH = jnp.einsum("btd,dnh->btnh", x_BxTxD, q_DxNxH.astype(dtype))
+        k_BxTxKxH = jnp.einsum("btd,dkh->btkh", x_BxTxD, k_DxKxH.astype(dtype))
+        v_BxTxKxH = jnp.einsum("btd,dkh->btkh", x_BxTxD, v_DxKxH.astype(dtype))
+        if cfg.qk_norm:
+            q_BxTxNxH = Norm("rmsnorm", "head", name="q_norm")(q_BxTxNxH)
+            k_BxTxKxH = Norm("rmsnorm", "head", name="k_norm")(k_BxTxKxH)
+        if cfg.positions == "rotary":
+            q_BxTxNxH = rotate(q_BxTxNxH, positions_BxT, cfg.rope_theta)
+            k_BxTxKxH = rotate(k_BxTxKxH, positions_BxT, cfg.rope_theta)
+        if cache is not None:
+            k_BxTxKxH = jax.lax.dynamic_update_slice_in_dim(cache[0], k_BxTxKxH, length, axis=1)
+            v_BxTxKxH = jax.lax.dynamic_update_slice_in_dim(cache[1], v_BxTxKxH, length, axis=1)
+            cache = (k_BxTxKxH, v_BxTxKxH)
+        y_BxTxNxH = attend(
+            q_BxTxNxH, k_BxTxKxH, v_BxTxKxH, window=cfg.window, segment_BxT=segment_BxT, offset=length if cache else None
+        )
+        return jnp.einsum("btnh,nhd->btd", y_BxTxNxH, out_NxHxD.astype(dtype)), cache
+
+
+class MLP(nn.Module):
+    """Position-wise feed-forward: GELU, SwiGLU (Shazeer 2020) or squared ReLU (So et al. 2021)."""
+
+    cfg: Model
+
+    @nn.compact
+    def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
+        cfg, dtype = self.cfg, x_BxTxD.dtype
+        up_DxF = self.param("up", _init(("embed", "mlp"), cfg.d_model), (cfg.d_model, cfg.ff_width))
+        down_FxD = self.param("down", _init(("mlp", "embed"), None), (cfg.ff_width, cfg.d_model))
+        h_BxTxF = x_BxTxD @ up_DxF.astype(dtype)
+        if cfg.mlp == "swiglu":
+            gate_DxF = self.param("gate", _init(("embed", "mlp"), cfg.d_model), (cfg.d_model, cfg.ff_width))
+            h_BxTxF = jax.nn.silu(x_BxTxD @ gate_DxF.astype(dtype)) * h_BxTxF
+        else:
+            h_BxTxF = jax.nn.gelu(h_BxTxF) if cfg.mlp == "gelu" else jnp.square(jax.nn.relu(h_BxTxF))
+        return h_BxTxF @ down_FxD.astype(dtype)
+
+
+class Block(nn.Module):
+    """Attention and MLP, each on a residual branch; norms before the branch, or after the sum (Vaswani et al. 2017)."""
+
+    cfg: Model
+    train: bool
+
+    @nn.compact
+    def __call__(self, x_BxTxD, cache, positions_BxT, segment_BxT, length):
+        cfg = self.cfg
+        dropout = nn.Dropout(cfg.dropout, deterministic=not self.train)
+        attention, mlp = Attention(cfg, name="attention"), MLP(cfg, name="mlp")
+        norm1, norm2 = Norm(cfg.norm, name="norm1"), Norm(cfg.norm, name="norm2")
+        if cfg.norm_position == "pre":
+            y_BxTxD, cache = attention(norm1(x_BxTxD), positions_BxT, segment_BxT, cache, length)
+            x_BxTxD += dropout(y_BxTxD)
+            x_BxTxD += dropout(mlp(norm2(x_BxTxD)))
+        else:
+            y_BxTxD, cache = attention(x_BxTxD, positions_BxT, segment_BxT, cache, length)
+            x_BxTxD = norm1(x_BxTxD + dropout(y_BxTxD))
+            x_BxTxD = norm2(x_BxTxD + dropout(mlp(x_BxTxD)))
+        return x_BxTxD, cache
+
+
+class Transformer(nn.Module):
+    cfg: Model
+    train: bool = False
+
+    @nn.compact
+    def __call__(self, tokens_BxT: jax.Array, segment_BxT: jax.Array | None = None, cache: Cache | None = None):
+        cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
+        embed_VxD = self.param("embed", _init(("vocab", "embed"), cfg.d_model), (cfg.vocab_size, cfg.d_model))
+        length = cache.length if cache is not None else jnp.int32(0)
+        positions_BxT = _positions(tokens_BxT, segment_BxT, length)
+        # The tied matrix has variance 1/D for the logits; sqrt(D) brings the input to variance 1 (Vaswani et al. 2017, section 3.4).
+        x_BxTxD = embed_VxD.astype(dtype)[tokens_BxT] * dtype.type(cfg.d_model**0.5)
+        if cfg.positions == "learned":
+            table_TxD = self.param("positions", _init(("positions", "embed"), cfg.d_model), (cfg.max_context, cfg.d_model))
+            x_BxTxD += table_TxD.astype(dtype)[positions_BxT]
+        elif cfg.positions == "sinusoidal":
+            x_BxTxD += sinusoids(positions_BxT, cfg.d_model).astype(dtype)
+        x_BxTxD = nn.Dropout(cfg.dropout, deterministic=not self.train)(x_BxTxD)
+        layers = nn.scan(
+            Block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(0 if cache is not None else nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
+            length=cfg.num_layers,
+            unroll=1 if cfg.scan_layers else cfg.num_layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(cfg, self.train, name="blocks")
+        kv = (cache.k_LxBxSxKxH, cache.v_LxBxSxKxH) if cache is not None else None
+        x_BxTxD, kv = layers(x_BxTxD, kv, positions_BxT, segment_BxT, length)
+        if cfg.norm_position == "pre":  # a post-norm block ends in one already
+            x_BxTxD = Norm(cfg.norm, name="norm")(x_BxTxD)
+        if cfg.tie_embeddings:
+            head_DxV = embed_VxD.T
+        else:
+            head_DxV = self.param("head", _init(("embed", "vocab"), cfg.d_model), (cfg.d_model, cfg.vocab_size))
+        logits_BxTxV = (x_BxTxD @ head_DxV.astype(dtype)).astype(jnp.float32)
+        if cfg.logit_softcap:
+            logits_BxTxV = cfg.logit_softcap * jnp.tanh(logits_BxTxV / cfg.logit_softcap)
+        if cache is None:
+            return logits_BxTxV
+        return logits_BxTxV, Cache(*kv, length + tokens_BxT.shape[1])
+
+
+def _positions(tokens_BxT: jax.Array, segment_BxT: jax.Array | None, length: jax.Array) -> jax.Array:
+    """Positions count from the start of the row, or of the document where segments tell documents apart."""
+    index_BxT = jnp.broadcast_to(jnp.arange(tokens_BxT.shape[1], dtype=jnp.int32)[None, :], tokens_BxT.shape) + length
+    if segment_BxT is None:
+        return index_BxT
+    starts_BxT = jnp.concatenate([jnp.ones_like(segment_BxT[:, :1], bool), segment_BxT[:, 1:] != segment_BxT[:, :-1]], axis=1)
+    return index_BxT - jax.lax.cummax(jnp.where(starts_BxT, index_BxT, 0), axis=1)
+
+
+def init(cfg: Model, key: jax.Array) -> Params:
+    """Float32 parameters as a plain tree of arrays."""
+    return nn.meta.unbox(_boxed(cfg, key))
+
+
+def _boxed(cfg: Model, key: jax.Array) -> Params:
+    return Transformer(cfg).init(key, jnp.zeros((1, 2), jnp.int32))["params"]
+
+
+@functools.lru_cache
+def logical_axes(cfg: Model) -> Params:
+    """The same tree with a PartitionSpec of logical axis names for each parameter."""
+    return nn.get_partition_spec(jax.eval_shape(functools.partial(_boxed, cfg), jax.random.key(0)))
+
+
+def apply(
+    cfg: Model,
+    params: Params,
+    tokens_BxT: jax.Array,
+    segment_BxT: jax.Array | None = None,
+    cache: Cache | None = None,
+    dropout_key: jax.Array | None = None,
+):
+    """Logits for the token after each position: `logits_BxTxV`, float32; with a cache, `(logits_BxTxV, cache)`.
+
+    Rows of `segment_BxT` number the documents packed into a row; positions attend within their own. With a cache the tokens
+    continue it. A dropout key means training: without one, dropout is off.
+    """
+    module = Transformer(cfg, train=dropout_key is not None)
+    rngs = {"dropout": dropout_key} if dropout_key is not None else {}
+    return module.apply({"params": params}, tokens_BxT, segment_BxT, cache, rngs=rngs)
+
+
+def init_cache(cfg: Model, batch: int, length: int) -> Cache:
+    """An empty cache for `batch` rows of at most `length` positions."""
+    shape = (cfg.num_layers, batch, length, cfg.kv_heads, cfg.head_width)
+    return Cache(jnp.zeros(shape, cfg.dtype), jnp.zeros(shape, cfg.dtype), jnp.int32(0))

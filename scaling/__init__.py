@@ -1,0 +1,1 @@
+"""Sweeps, laws, forecasts and reports over llm_jax."""
