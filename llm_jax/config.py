@@ -116,12 +116,28 @@ class Model:
             return self.d_ff
         return -(-8 * self.d_model // 3 // 8) * 8 if self.mlp == "swiglu" else 4 * self.d_model
 
+    @property
+    def num_params(self) -> int:
+        """All parameters; a tied embedding counts once."""
+        norms = 2 * self.num_layers + (self.norm_position == "pre")
+        head_norms = 2 * self.num_layers * self.head_width if self.qk_norm else 0
+        tables = self.max_context * self.d_model if self.positions == "learned" else 0
+        head = 0 if self.tie_embeddings else self.vocab_size * self.d_model
+        return self.num_params_matrices + norms * self.d_model + head_norms + tables + head + self.vocab_size * self.d_model
+
+    @property
+    def num_params_matrices(self) -> int:
+        """The matrices of the blocks alone: N of Kaplan et al. 2020, without embeddings, head, positions and norms."""
+        attention = self.d_model * self.head_width * (2 * self.num_heads + 2 * self.kv_heads)
+        mlp = self.d_model * self.ff_width * (3 if self.mlp == "swiglu" else 2)
+        return self.num_layers * (attention + mlp)
+
 
 @dataclass(frozen=True)
 class Synthetic:
     """A source of unlimited text whose entropy rate is known exactly; see llm_jax/data/synthetic.py."""
 
-    keys: int = 4096
+    keys: int = 16_384
     """Contexts, drawn by a Zipf law."""
     exponent: float = 1.3
     """Of the Zipf law: p_k proportional to k^-exponent."""
@@ -132,7 +148,7 @@ class Synthetic:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _require(self.keys >= 2, f"data.synthetic.keys must be at least 2, got {self.keys}")
+        _require(2 <= self.keys <= 26**3, f"data.synthetic.keys must lie in [2, {26**3}], got {self.keys}")
         _require(self.exponent > 0, f"data.synthetic.exponent must be positive, got {self.exponent}")
         _require(0 <= self.noise < 1, f"data.synthetic.noise must lie in [0, 1), got {self.noise}")
         _require(self.documents >= 2, f"data.synthetic.documents must be at least 2, got {self.documents}")

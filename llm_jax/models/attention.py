@@ -33,7 +33,7 @@ def attend(
     segment_BxT: jax.Array | None = None,
     offset: jax.Array | None = None,
 ) -> jax.Array:
-    """Causal softmax(q k / sqrt(H)) v with the softmax in float32; query head n reads key/value head n // G. Returns BxTxNxH."""
+    """Causal softmax(q k / sqrt(H)) v, BxTxNxH, with the softmax in float32; query head n reads key head n // G."""
     B, T, N, H = q_BxTxNxH.shape
     S, K = k_BxSxKxH.shape[1:3]
     q_BxTxKxGxH = q_BxTxNxH.reshape(B, T, K, N // K, H) * q_BxTxNxH.dtype.type(H**-0.5)

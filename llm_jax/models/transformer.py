@@ -1,7 +1,8 @@
-"""The decoder-only Transformer: Flax modules, and the pure functions `init`, `apply` and `init_cache` that the rest of the code sees.
+"""The decoder-only Transformer: Flax modules, and the pure functions `init`, `apply` and `init_cache` that others see.
 
-Parameters carry logical axis names ("vocab", "embed", "heads", "kv", "mlp", "layers"). Those of the blocks are stacked over
-layers whether the layers are scanned or unrolled, so that a checkpoint does not know which of the two trained it.
+Parameters carry logical axis names ("vocab", "positions", "embed", "heads", "kv", "head", "mlp", "layers"). Those of
+the blocks are stacked over layers whether the layers are scanned or unrolled, so that a checkpoint does not know which
+of the two trained it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from llm_jax.config import Model
+from llm_jax.config import BadInput, Model
 from llm_jax.models.attention import attend
 
 Params = Any
@@ -28,7 +29,7 @@ class Cache(NamedTuple):
 
 
 def _init(axes: tuple[str, ...], fan_in: int | None) -> nn.initializers.Initializer:
-    """Normal of variance 1/fan_in; zeros for None: the last matrix of each branch, so that every block starts as the identity."""
+    """Normal of variance 1/fan_in. Zeros for None: the last matrix of each branch, which then starts at nothing."""
     init = nn.initializers.normal(fan_in**-0.5) if fan_in else nn.initializers.zeros_init()
     return nn.with_logical_partitioning(init, axes)
 
@@ -41,7 +42,8 @@ class Norm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones_init(), (self.axis,)), x.shape[-1:])
+        ones = nn.with_logical_partitioning(nn.initializers.ones_init(), (self.axis,))
+        scale: Any = self.param("scale", ones, x.shape[-1:])
         y = x.astype(jnp.float32)
         if self.kind == "layernorm":
             y = y - y.mean(-1, keepdims=True)
@@ -60,7 +62,7 @@ def rotate(x_BxTxNxH: jax.Array, positions_BxT: jax.Array, theta: float) -> jax.
 
 
 def sinusoids(positions_BxT: jax.Array, width: int) -> jax.Array:
-    """The fixed positions of Vaswani et al. 2017, section 3.5: sines in the first half of the width, cosines in the second."""
+    """The fixed positions of Vaswani et al. 2017, section 3.5: sines in the first half of the width, then cosines."""
     frequency_D = 10_000.0 ** (-jnp.arange(width // 2, dtype=jnp.float32) / (width // 2))
     angle_BxTxD = positions_BxT.astype(jnp.float32)[:, :, None] * frequency_D[None, None, :]
     return jnp.concatenate([jnp.sin(angle_BxTxD), jnp.cos(angle_BxTxD)], axis=-1)
@@ -93,13 +95,18 @@ class Attention(nn.Module):
             v_BxTxKxH = jax.lax.dynamic_update_slice_in_dim(cache[1], v_BxTxKxH, length, axis=1)
             cache = (k_BxTxKxH, v_BxTxKxH)
         y_BxTxNxH = attend(
-            q_BxTxNxH, k_BxTxKxH, v_BxTxKxH, window=cfg.window, segment_BxT=segment_BxT, offset=length if cache else None
+            q_BxTxNxH,
+            k_BxTxKxH,
+            v_BxTxKxH,
+            window=cfg.window,
+            segment_BxT=segment_BxT,
+            offset=length if cache else None,
         )
         return jnp.einsum("btnh,nhd->btd", y_BxTxNxH, out_NxHxD.astype(dtype)), cache
 
 
 class MLP(nn.Module):
-    """Position-wise feed-forward: GELU, SwiGLU (Shazeer 2020) or squared ReLU (So et al. 2021)."""
+    """Position-wise feed-forward: GELU (its tanh form), SwiGLU (Shazeer 2020) or squared ReLU (So et al. 2021)."""
 
     cfg: Model
 
@@ -150,10 +157,11 @@ class Transformer(nn.Module):
         embed_VxD = self.param("embed", _init(("vocab", "embed"), cfg.d_model), (cfg.vocab_size, cfg.d_model))
         length = cache.length if cache is not None else jnp.int32(0)
         positions_BxT = _positions(tokens_BxT, segment_BxT, length)
-        # The tied matrix has variance 1/D for the logits; sqrt(D) brings the input to variance 1 (Vaswani et al. 2017, section 3.4).
+        # The tied matrix has variance 1/D for the logits; sqrt(D) lifts the input to 1 (Vaswani et al. 2017, 3.4).
         x_BxTxD = embed_VxD.astype(dtype)[tokens_BxT] * dtype.type(cfg.d_model**0.5)
         if cfg.positions == "learned":
-            table_TxD = self.param("positions", _init(("positions", "embed"), cfg.d_model), (cfg.max_context, cfg.d_model))
+            shape = (cfg.max_context, cfg.d_model)
+            table_TxD = self.param("positions", _init(("positions", "embed"), cfg.d_model), shape)
             x_BxTxD += table_TxD.astype(dtype)[positions_BxT]
         elif cfg.positions == "sinusoidal":
             x_BxTxD += sinusoids(positions_BxT, cfg.d_model).astype(dtype)
@@ -167,7 +175,7 @@ class Transformer(nn.Module):
             unroll=1 if cfg.scan_layers else cfg.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(cfg, self.train, name="blocks")
-        kv = (cache.k_LxBxSxKxH, cache.v_LxBxSxKxH) if cache is not None else None
+        kv = cache[:2] if cache is not None else None
         x_BxTxD, kv = layers(x_BxTxD, kv, positions_BxT, segment_BxT, length)
         if cfg.norm_position == "pre":  # a post-norm block ends in one already
             x_BxTxD = Norm(cfg.norm, name="norm")(x_BxTxD)
@@ -180,7 +188,8 @@ class Transformer(nn.Module):
             logits_BxTxV = cfg.logit_softcap * jnp.tanh(logits_BxTxV / cfg.logit_softcap)
         if cache is None:
             return logits_BxTxV
-        return logits_BxTxV, Cache(*kv, length + tokens_BxT.shape[1])
+        k_LxBxSxKxH, v_LxBxSxKxH = kv
+        return logits_BxTxV, Cache(k_LxBxSxKxH, v_LxBxSxKxH, length + tokens_BxT.shape[1])
 
 
 def _positions(tokens_BxT: jax.Array, segment_BxT: jax.Array | None, length: jax.Array) -> jax.Array:
@@ -188,7 +197,8 @@ def _positions(tokens_BxT: jax.Array, segment_BxT: jax.Array | None, length: jax
     index_BxT = jnp.broadcast_to(jnp.arange(tokens_BxT.shape[1], dtype=jnp.int32)[None, :], tokens_BxT.shape) + length
     if segment_BxT is None:
         return index_BxT
-    starts_BxT = jnp.concatenate([jnp.ones_like(segment_BxT[:, :1], bool), segment_BxT[:, 1:] != segment_BxT[:, :-1]], axis=1)
+    changes_BxT = segment_BxT[:, 1:] != segment_BxT[:, :-1]
+    starts_BxT = jnp.concatenate([jnp.ones_like(segment_BxT[:, :1], bool), changes_BxT], axis=1)
     return index_BxT - jax.lax.cummax(jnp.where(starts_BxT, index_BxT, 0), axis=1)
 
 
@@ -217,15 +227,25 @@ def apply(
 ):
     """Logits for the token after each position: `logits_BxTxV`, float32; with a cache, `(logits_BxTxV, cache)`.
 
-    Rows of `segment_BxT` number the documents packed into a row; positions attend within their own. With a cache the tokens
-    continue it. A dropout key means training: without one, dropout is off.
+    Rows of `segment_BxT` number the documents packed into a row; positions attend within their own. With a cache the
+    tokens continue it, in rows of one document each; that they still fit is the caller's count. A dropout key means
+    training: without one, dropout is off. Raises BadInput for more tokens than the cache or the learned positions hold.
     """
+    num_tokens = tokens_BxT.shape[1]
+    if cfg.positions == "learned" and num_tokens > cfg.max_context:
+        raise BadInput(f"{num_tokens} tokens exceed the learned positions; model.max_context={cfg.max_context}")
+    if cache is not None and num_tokens > cache.k_LxBxSxKxH.shape[2]:
+        raise BadInput(f"{num_tokens} tokens exceed the cache; it has {cache.k_LxBxSxKxH.shape[2]} positions")
+    if cache is not None and segment_BxT is not None:
+        raise BadInput("a cache holds rows of one document each: no segments with it")
     module = Transformer(cfg, train=dropout_key is not None)
     rngs = {"dropout": dropout_key} if dropout_key is not None else {}
     return module.apply({"params": params}, tokens_BxT, segment_BxT, cache, rngs=rngs)
 
 
 def init_cache(cfg: Model, batch: int, length: int) -> Cache:
-    """An empty cache for `batch` rows of at most `length` positions."""
+    """An empty cache for `batch` rows of at most `length` positions. Raises BadInput beyond the learned positions."""
+    if cfg.positions == "learned" and length > cfg.max_context:
+        raise BadInput(f"a cache of {length} exceeds the learned positions; model.max_context={cfg.max_context}")
     shape = (cfg.num_layers, batch, length, cfg.kv_heads, cfg.head_width)
     return Cache(jnp.zeros(shape, cfg.dtype), jnp.zeros(shape, cfg.dtype), jnp.int32(0))

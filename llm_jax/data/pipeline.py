@@ -1,0 +1,81 @@
+"""Batches of token rows, read through Grain: which rows make up step n depends on the seed and n alone."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import grain.python as grain
+import numpy as np
+
+from llm_jax.data.prepare import Prepared
+
+
+class Windows:
+    """Rows of `context` + 1 tokens cut from the longer stored rows: random access, for Grain."""
+
+    def __init__(self, sources: Sequence[Any], row_tokens: int, context: int):
+        self._sources, self._context = sources, context
+        self._per_row = row_tokens // context
+        self._ends = list(np.cumsum([len(source) for source in sources]))
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) * self._per_row
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.window(int(index))[0]
+
+    def window(self, index: int) -> tuple[np.ndarray, dict[str, Any]]:
+        """The tokens, int32 [context + 1], and the stored row that they were cut from."""
+        row, offset = divmod(index, self._per_row)
+        part = bisect.bisect_right(self._ends, row)
+        stored = self._sources[part][row - (self._ends[part - 1] if part else 0)]
+        start = offset * self._context
+        return stored["tokens"][start : start + self._context + 1].astype(np.int32), stored
+
+
+def num_windows(prepared: Prepared, context: int) -> int:
+    """Training rows of an epoch."""
+    return prepared.tokens["train"] // context
+
+
+def train_iterator(
+    prepared: Prepared, context: int, rows_per_step: int, seed: int, host: int = 0, hosts: int = 1
+) -> grain.DatasetIterator:
+    """Endless batches `tokens_BxT` of one host's share of a step, shuffled anew each epoch; its state is saved and set through Grain.
+
+    Host h takes every hosts-th row, so that a step sees the same rows however many hosts share them.
+    """
+    if rows_per_step % hosts:
+        raise ValueError(f"{rows_per_step} rows a step do not divide among {hosts} hosts")
+    windows = Windows(prepared.rows("train"), prepared.row_tokens, context)
+    dataset = grain.MapDataset.source(windows).seed(seed).shuffle().repeat()
+    dataset = dataset[host::hosts].batch(rows_per_step // hosts)
+    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)))
+
+
+def segments(tokens_BxT: np.ndarray, bos: int) -> np.ndarray:
+    """Numbers the documents of the inputs of each row, int32 from 0."""
+    return np.cumsum(tokens_BxT[..., :-1] == bos, axis=-1, dtype=np.int32)
+
+
+class EvalSet(NamedTuple):
+    """The fixed held-out rows, with the document that each begins in."""
+
+    tokens_BxT: np.ndarray
+    document_B: np.ndarray
+
+
+def eval_set(prepared: Prepared, context: int, max_tokens: int) -> EvalSet:
+    """About `max_tokens` of the held-out split, spread evenly over it; all of it where it is smaller."""
+    windows = Windows(prepared.rows("validation"), prepared.row_tokens, context)
+    count = max(1, min(len(windows), max_tokens // context))
+    bos = prepared.tokenizer().bos
+    tokens, documents = [], []
+    for index in np.linspace(0, len(windows) - 1, count).astype(int):
+        window, stored = windows.window(int(index))
+        start = (index * context) % prepared.row_tokens
+        tokens.append(window)
+        documents.append(int(stored["document"]) + int((stored["tokens"][: start + 1] == bos).sum()))
+    return EvalSet(np.stack(tokens), np.asarray(documents))

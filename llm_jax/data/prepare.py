@@ -1,0 +1,275 @@
+"""From documents to packed rows of tokens on disk, once: a TFDS builder a part, so that a killed preparation goes on where it was.
+
+    CACHE/data/<fingerprint>/
+        prepared.json                  counts, hashes; written last
+        tokenizer.model                of SentencePiece
+        rows/token_rows/<part>/1.0.0/  a TFDS data set of array records
+
+The fingerprint is of the documents' content, the tokenizer's settings and the split, not of the files' names or dates.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llm_jax import files
+from llm_jax.config import BadInput, Config, fingerprint
+from llm_jax.data import sources, synthetic, tokenizer
+from llm_jax.data.tokenizer import Tokenizer
+
+ROW_TOKENS = 2048
+"""Tokens of a stored row, less what a context does not divide. Long rows, because reading costs by the row and not by the token."""
+PART_CHARACTERS = 64_000_000
+"""Text of a part: what a kill loses at most."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Rows on disk. Counts are of what the splits hold after packing."""
+
+    folder: Path
+    fingerprint: str
+    tokenizer_kind: str
+    tokenizer_sha256: str
+    vocab_size: int
+    row_tokens: int
+    train_parts: tuple[str, ...]
+    documents: dict[str, int]
+    tokens: dict[str, int]
+    bytes: dict[str, int]
+    entropy: float | None
+    """True irreducible loss in nats a token, for the synthetic source."""
+    checksums: dict[str, str]
+    """SHA-256 of each file of rows."""
+
+    def tokenizer(self) -> Tokenizer:
+        return tokenizer.load(self.folder, self.tokenizer_kind)
+
+    def rows(self, split: str) -> list[Any]:
+        """Random-access sources of {"tokens": uint16 or int32 [row_tokens + 1], "document": int64}, one a part."""
+        from llm_jax.data import rows
+
+        return [rows.read(self.folder / "rows", part) for part in (("validation",) if split == "validation" else self.train_parts)]
+
+
+class Survey:
+    """What one pass over a source tells: content hash, and which documents are held out."""
+
+    def __init__(self, documents: Iterable[tuple[str, str]], val_fraction: float):
+        digest = hashlib.sha256()
+        names: list[str] = []
+        sizes: list[int] = []
+        for name, text in documents:
+            data = text.encode("utf-8", "replace")
+            digest.update(len(data).to_bytes(8, "little") + data)
+            names.append(hashlib.sha256(data).hexdigest())
+            sizes.append(len(text))
+        self.sha256 = digest.hexdigest()
+        self.sizes = sizes
+        self.held_out = _hold_out(names, sizes, val_fraction)
+
+
+def _hold_out(hashes: list[str], sizes: list[int], fraction: float) -> set[int]:
+    """Documents in the order of their hashes until `fraction` of the text is reached, passing over those too large to fit in."""
+    room, held = fraction * sum(sizes), set()
+    for i in sorted(range(len(sizes)), key=lambda i: hashes[i]):
+        if sizes[i] <= room:
+            held.add(i)
+            room -= sizes[i]
+    return held
+
+
+def prepare(cfg: Config, progress: Callable[[str, int, int], None] = lambda what, done, total: None) -> Prepared:
+    """Prepares what `cfg.data` names, or finds it prepared. `progress(what, done, total)` is told characters.
+
+    Raises BadInput where the source is empty, or too small to hold a row in each split.
+    """
+    source = sources.open_source(cfg.data)
+    root = files.cache_dir() / "data"
+    settings = [cfg.data.tokenizer, cfg.data.val_fraction, _row_tokens(cfg.data.context)]
+    if cfg.data.tokenizer != "bytes":
+        settings.append(cfg.model.vocab_size)
+    known = root / "index" / f"{fingerprint([source.signature, settings])}.json"
+    if known.exists():
+        folder = root / files.read_json(known)["fingerprint"]
+        if (folder / "prepared.json").exists():
+            return _load(folder)
+    survey = Survey(_counted(source.documents(), "reading", 0, progress), cfg.data.val_fraction)
+    if not sum(survey.sizes):
+        raise BadInput(f"data.source={cfg.data.source} is empty: {len(survey.sizes)} documents without text")
+    key = fingerprint([survey.sha256, settings])
+    folder = root / key
+    with files.locked(root / f"{key}.lock"):
+        if not (folder / "prepared.json").exists():
+            _write(cfg, source.documents, survey, folder, key, progress)
+    files.write_json(known, {"fingerprint": key})
+    return _load(folder)
+
+
+def _row_tokens(context: int) -> int:
+    return context * max(1, ROW_TOKENS // context)
+
+
+def _load(folder: Path) -> Prepared:
+    values = files.read_json(folder / "prepared.json")
+    return Prepared(folder=folder, **{**values, "train_parts": tuple(values["train_parts"])})
+
+
+def check(prepared: Prepared) -> list[str]:
+    """Files whose bytes are not the ones that were written; a missing file counts."""
+    bad = []
+    for name, sha256 in prepared.checksums.items():
+        path = prepared.folder / "rows" / name
+        if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+            bad.append(str(path))
+    return bad
+
+
+def _write(cfg: Config, documents: Callable, survey: Survey, folder: Path, key: str, progress: Callable) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    row_tokens = _row_tokens(cfg.data.context)
+    kind = cfg.data.tokenizer
+    if kind != "bytes" and not (folder / "tokenizer.model").exists():
+        training_texts = (text for i, (_, text) in enumerate(documents()) if i not in survey.held_out)
+        tokenizer.save(tokenizer.train(kind, cfg.model.vocab_size, training_texts), folder)
+    tok = tokenizer.load(folder, kind)
+    train, held_out = _split(documents, survey, cfg.data.val_fraction)
+    bounds = _part_bounds(survey)
+    parts = {"validation": held_out} | {
+        f"train-{k:04d}-of-{len(bounds) - 1:04d}": _slice(train, bounds[k], bounds[k + 1]) for k in range(len(bounds) - 1)
+    }
+    counts = {}
+    for part, texts in parts.items():
+        counts[part] = _write_part(folder, part, texts, tok, row_tokens, sum(survey.sizes), progress)
+    totals = {
+        name: {
+            "train": sum(count[name] for part, count in counts.items() if part != "validation"),
+            "validation": counts["validation"][name],
+        }
+        for name in ("documents", "tokens", "bytes")
+    }
+    for split, tokens in totals["tokens"].items():
+        if not tokens:
+            shutil.rmtree(folder)
+            what = "the held-out documents hold" if split == "validation" else "the training documents hold"
+            raise BadInput(
+                f"data.source={cfg.data.source} is too small: {what} less than one row of {row_tokens} tokens; "
+                f"nearest that works: more text, or data.val_fraction={min(0.5, 2 * cfg.data.val_fraction)}, or data.context={max(2, cfg.data.context // 2)}"
+            )
+    base = folder / "rows"
+    values = Prepared(
+        folder=folder,
+        fingerprint=key,
+        tokenizer_kind=kind,
+        tokenizer_sha256=tok.sha256(),
+        vocab_size=tok.vocab_size,
+        row_tokens=row_tokens,
+        train_parts=tuple(part for part, count in counts.items() if part != "validation" and count["tokens"]),
+        **totals,
+        entropy=synthetic.entropy_rate(cfg.data.synthetic) if cfg.data.source == "synthetic" and kind == "bytes" else None,
+        checksums={
+            str(path.relative_to(base)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(base.rglob("*.array_record*"))
+        },
+    )
+    plain = {field.name: getattr(values, field.name) for field in dataclasses.fields(values) if field.name != "folder"}
+    files.write_json(folder / "prepared.json", plain)
+
+
+def _split(documents: Callable, survey: Survey, fraction: float) -> tuple[Callable, Callable]:
+    """(training, held-out) documents. Where no whole document is small enough to be held out, the end of each is."""
+
+    def train():
+        for i, (_, text) in enumerate(documents()):
+            if survey.held_out:
+                if i not in survey.held_out:
+                    yield text
+            else:
+                yield text[: len(text) - round(fraction * len(text))]
+
+    def held_out():
+        for i, (_, text) in enumerate(documents()):
+            if survey.held_out:
+                if i in survey.held_out:
+                    yield text
+            else:
+                yield text[len(text) - round(fraction * len(text)) :]
+
+    return train, held_out
+
+
+def _part_bounds(survey: Survey) -> list[int]:
+    """Cuts the list of training documents where PART_CHARACTERS are full."""
+    bounds, room, n = [0], PART_CHARACTERS, 0
+    for i, size in enumerate(survey.sizes):
+        if i in survey.held_out:
+            continue
+        if room < 0:
+            bounds.append(n)
+            room = PART_CHARACTERS
+        room -= size
+        n += 1
+    return [*bounds, n]
+
+
+def _slice(texts: Callable, start: int, stop: int) -> Callable:
+    def part():
+        for i, text in enumerate(texts()):
+            if start <= i < stop:
+                yield text
+
+    return part
+
+
+def _write_part(
+    folder: Path, part: str, texts: Callable, tok: Tokenizer, row_tokens: int, total: int, progress: Callable
+) -> dict[str, int]:
+    """Prepares one part unless a finished one is there; returns its counts."""
+    from llm_jax.data import rows
+
+    note = folder / "rows" / f"{part}.json"
+    if note.exists():
+        return files.read_json(note)
+    sizes = tok.token_bytes()
+    counts = {"documents": 0, "tokens": 0, "bytes": 0}
+
+    def encoded() -> Iterator[np.ndarray]:
+        done = 0
+        for batch in _batched(texts(), 64):
+            counts["documents"] += len(batch)
+            done += sum(map(len, batch))
+            progress(f"tokenizing {part}", done, total)
+            yield from tok.encode(batch)
+
+    def counted() -> Iterator[dict[str, Any]]:
+        for row in rows.pack(encoded(), tok.bos, row_tokens):
+            counts["tokens"] += row_tokens
+            counts["bytes"] += int(sizes[row["tokens"][1:]].sum())
+            yield row
+
+    rows.write(folder / "rows", part, counted(), row_tokens, tok.vocab_size)
+    files.write_json(note, counts)
+    return counts
+
+
+def _batched(texts: Iterable[str], size: int) -> Iterator[list[str]]:
+    iterator = iter(texts)
+    while batch := list(itertools.islice(iterator, size)):
+        yield batch
+
+
+def _counted(documents: Iterable[tuple[str, str]], what: str, total: int, progress: Callable) -> Iterator[tuple[str, str]]:
+    done = 0
+    for name, text in documents:
+        done += len(text)
+        progress(what, done, total)
+        yield name, text

@@ -1,0 +1,79 @@
+"""Packed rows of tokens as a TFDS data set of array records, one builder configuration a part."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from absl import logging
+
+logging.set_verbosity(logging.ERROR)  # TFDS warns of every configuration that is not listed in the class
+tfds.disable_progress_bar()
+
+
+def pack(encoded: Iterable[np.ndarray], bos: int, row_tokens: int) -> Iterator[dict[str, Any]]:
+    """Documents joined, each behind `bos`, and cut into rows of row_tokens + 1 that overlap by one token: the last target of a
+    row is the first input of the next. "document" counts the documents that began before the row; a last part row is dropped.
+    """
+    buffer: list[np.ndarray] = []
+    filled, before = 0, 0
+    for ids in encoded:
+        buffer += [np.asarray([bos], np.int32), ids]
+        filled += len(ids) + 1
+        while filled > row_tokens:
+            stream = np.concatenate(buffer)
+            row = stream[: row_tokens + 1]
+            yield {"tokens": row, "document": before}
+            before += int((row[:-1] == bos).sum())
+            buffer, filled = [stream[row_tokens:]], filled - row_tokens
+
+
+class TokenRows(tfds.core.GeneratorBasedBuilder):
+    """{"tokens": [row_tokens + 1], "document": how many documents began before the row}, in the order given."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def __init__(self, part: str, rows: Iterable[dict[str, Any]], row_tokens: int, vocab_size: int, data_dir: Path):
+        self._rows, self._row_tokens = rows, row_tokens
+        self._dtype = np.uint16 if vocab_size <= 2**16 else np.int32
+        config = tfds.core.BuilderConfig(name=part, version="1.0.0")
+        super().__init__(config=config, data_dir=data_dir, file_format="array_record")
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        tokens = tfds.features.Tensor(shape=(self._row_tokens + 1,), dtype=self._dtype, encoding="bytes")
+        features = tfds.features.FeaturesDict({"tokens": tokens, "document": np.int64})
+        return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+        return {"rows": self._generate_examples()}
+
+    def _generate_examples(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        for i, row in enumerate(self._rows):
+            yield i, {"tokens": row["tokens"].astype(self._dtype), "document": row["document"]}
+
+
+def write(folder: Path, part: str, rows: Iterable[dict[str, Any]], row_tokens: int, vocab_size: int) -> None:
+    """Writes one part below `folder`, over what a killed call left of it. Nothing is written where there are no rows."""
+    shutil.rmtree(folder / TokenRows.name / part, ignore_errors=True)
+    iterator = iter(rows)
+    first = next(iterator, None)
+    if first is None:
+        return
+    with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints where it writes
+        TokenRows(part, _chain(first, iterator), row_tokens, vocab_size, folder).download_and_prepare()
+
+
+def _chain(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
+    yield first
+    yield from rest
+
+
+def read(folder: Path, part: str) -> Any:
+    """A random-access source of the rows of one part."""
+    return tfds.builder_from_directory(folder / TokenRows.name / part / "1.0.0").as_data_source(split="rows")

@@ -1,0 +1,183 @@
+"""The training loop: compiled calls of several steps, with metrics, checkpoints and evaluations between them."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from llm_jax import files
+from llm_jax.config import Config, Model, Train, fingerprint, to_dict
+from llm_jax.data import pipeline
+from llm_jax.data.prepare import Prepared
+from llm_jax.models import transformer
+from llm_jax.training import pretrain
+from llm_jax.training.checkpoint import Checkpoints
+from llm_jax.training.metrics import Metrics
+from llm_jax.training.optimizer import adamw, cooldown_start, learning_rates
+from llm_jax.training.step import init_state, make_train_call, make_train_step
+
+Progress = Callable[[int, int, float], None]
+"""progress(step, num_steps, training loss)."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended. `loss`, `standard_error` (nats a token) and `bits_per_byte` are of the held-out set after the last step."""
+
+    status: str
+    """"done", or "failed" with `reason`."""
+    loss: float = math.nan
+    standard_error: float = math.nan
+    bits_per_byte: float = math.nan
+    reason: str = ""
+    first_step: int = 0
+    """Where this run took over from a trunk: steps before it were paid for by another run."""
+    seconds: float = 0.0
+    """Of training in this process, without compilation of the first call."""
+    tokens_per_second: float = 0.0
+
+
+@functools.lru_cache
+def compiled_call(model: Model, train: Train):
+    """One compilation for all trials of a shape: the settings that do not change the program are reset before they reach here."""
+    optimizer = adamw(train)
+    step = make_train_step(pretrain.loss_fn(model, train.z_loss), optimizer, train.grad_accumulation)
+    return make_train_call(step, train.steps_per_call), jax.jit(optimizer.init)
+
+
+def _program(train: Train) -> Train:
+    """The settings of `train` that the compiled step depends on; horizon, rate, schedule and seed reach it as arguments."""
+    names = ("beta1", "beta2", "epsilon", "weight_decay", "clip_norm", "z_loss", "grad_accumulation", "steps_per_call")
+    return Train(**{name: getattr(train, name) for name in names})
+
+
+def trunk_key(cfg: Config, data_fingerprint: str) -> str:
+    """Names what a wsd run is until its cool-down: equal for runs that differ in their horizon alone."""
+    tree = to_dict(cfg)
+    for name in ("tokens", "decay_fraction", "final_lr", "checkpoint_every", "eval_every"):
+        del tree["train"][name]
+    return fingerprint([tree, data_fingerprint])
+
+
+def train(
+    cfg: Config,
+    prepared: Prepared,
+    folder: Path,
+    *,
+    trunks: Path | None = None,
+    branch_steps: Sequence[int] = (),
+    progress: Progress = lambda step, total, loss: None,
+) -> Result:
+    """Runs `cfg` (resolved) to its end in `folder`, from its last checkpoint where there is one, and evaluates.
+
+    The bits of the result do not depend on where it was stopped and started. With the schedule wsd, `trunks` is a folder shared
+    by runs that differ in their horizon: this run starts from the latest step saved there by another that is still its own
+    past, and leaves its state there at `branch_steps` for others. A loss that is not finite ends the run as "failed".
+    """
+    num_steps, per_call = cfg.num_steps, cfg.train.steps_per_call
+    call, init_opt = compiled_call(cfg.model, _program(cfg.train))
+    params = jax.jit(functools.partial(transformer.init, cfg.model))(jax.random.key(cfg.train.seed))
+    state = init_state(params, init_opt, cfg.train.seed)
+    iterator = pipeline.train_iterator(prepared, cfg.data.context, cfg.rows_per_step, cfg.data.shuffle_seed)
+    tokenizer = prepared.tokenizer()
+    held_out = pipeline.eval_set(prepared, cfg.data.context, cfg.data.eval_tokens)
+    evaluate = functools.partial(
+        pretrain.evaluate,
+        cfg.model,
+        held_out=held_out,
+        token_bytes=tokenizer.token_bytes(),
+        bos=tokenizer.bos,
+        document_mask=cfg.data.document_mask,
+    )
+    checkpoints = Checkpoints(folder / "checkpoints")
+    trunk = Checkpoints(trunks / trunk_key(cfg, prepared.fingerprint), keep=None) if trunks and cfg.train.schedule == "wsd" else None
+    first_step = 0
+    if saved := checkpoints.steps():
+        state = checkpoints.restore(saved[-1], state, iterator)
+        first_step = files.read_json(folder / "start.json")["first_step"] if (folder / "start.json").exists() else 0
+    elif trunk and (past := [step for step in trunk.steps() if step <= cooldown_start(cfg.train, num_steps)]):
+        first_step = past[-1]
+        state = trunk.restore(first_step, state, iterator)
+        files.write_json(folder / "start.json", {"first_step": first_step})
+
+    step = started_at = int(state.step)
+    metrics = Metrics(folder, step)
+    branch_steps = [s for s in branch_steps if trunk and s not in trunk.steps()]
+    stops = sorted({num_steps, *branch_steps} - {0})
+    pending: tuple[int, int, Any] | None = None
+    bad_step = None
+    clock = time.perf_counter()
+    while step < num_steps and bad_step is None:
+        n = min(per_call - step % per_call, next(s for s in stops if s > step) - step)
+        tokens_CxBxT = np.zeros((per_call, cfg.rows_per_step, cfg.data.context + 1), np.int32)
+        for i in range(n):
+            tokens_CxBxT[i] = next(iterator)
+        rates_C = np.zeros(per_call, np.float32)
+        rates_C[:n] = learning_rates(cfg.train, num_steps, np.arange(step, step + n))
+        batches = pretrain.make_batch(tokens_CxBxT, tokenizer.bos, cfg.data.document_mask)
+        state, new = call(state, batches, rates_C, n)
+        # The call runs while the metrics of the one before are written and the next rows are read.
+        if pending:
+            bad_step = metrics.write(cfg, *pending)
+            progress(pending[0] + pending[1], num_steps, metrics.last_loss)
+        pending, step = (step, n, new | {"learning_rate": rates_C}), step + n
+        boundary = step % cfg.train.checkpoint_every < n or step == num_steps or step in branch_steps
+        evaluates = cfg.train.eval_every and step % cfg.train.eval_every < n and step < num_steps
+        if bad_step is None and (boundary or evaluates):
+            bad_step, pending = metrics.write(cfg, *pending), None
+            progress(step, num_steps, metrics.last_loss)
+            if bad_step is None and evaluates:
+                metrics.write_evaluation(step, cfg, evaluate(params=state.params))
+            if bad_step is None and boundary:
+                metrics.flush()
+                checkpoints.save(step, state, iterator)
+                if trunk and step in branch_steps:
+                    trunk.save(step, state, iterator)
+    seconds = time.perf_counter() - clock
+    evaluation = evaluate(params=state.params) if bad_step is None else None
+    if evaluation:
+        metrics.write_evaluation(step, cfg, evaluation)
+    metrics.close()
+    for manager in (checkpoints, trunk):
+        if manager:
+            manager.close()
+    speed = (step - started_at) * int(cfg.train.tokens_per_step) / seconds if step > started_at else 0.0
+    if evaluation is None or not math.isfinite(evaluation.loss):
+        reason = f"loss is {metrics.last_loss} at step {bad_step if bad_step is not None else step} of {num_steps}"
+        return Result("failed", reason=reason, first_step=first_step, seconds=seconds)
+    return Result(
+        "done",
+        evaluation.loss,
+        evaluation.standard_error,
+        evaluation.bits_per_byte,
+        first_step=first_step,
+        seconds=seconds,
+        tokens_per_second=speed,
+    )
+
+
+def load_params(cfg: Config, folder: Path) -> Any:
+    """Parameters of the last checkpoint of a run."""
+    abstract = jax.eval_shape(
+        lambda: init_state(transformer.init(cfg.model, jax.random.key(0)), adamw(cfg.train).init, 0)
+    )
+    checkpoints = Checkpoints(folder / "checkpoints")
+    steps = checkpoints.steps()
+    if not steps:
+        raise FileNotFoundError(f"{folder} holds no checkpoint")
+    return checkpoints.restore(steps[-1], abstract).params
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl."""
+    path = folder / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

@@ -1,0 +1,28 @@
+"""Losses as sums with their weights, so that microbatches and hosts can be added before the one division."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def token_nll(logits_BxTxV: jax.Array, targets_BxT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Negative log-likelihood of each target in nats, and logsumexp(logits), both float32 and BxT."""
+    logits_BxTxV = logits_BxTxV.astype(jnp.float32)
+    lse_BxT = jax.nn.logsumexp(logits_BxTxV, axis=-1)
+    picked_BxT = jnp.take_along_axis(logits_BxTxV, targets_BxT[..., None], axis=-1)[..., 0]
+    return lse_BxT - picked_BxT, lse_BxT
+
+
+def cross_entropy(
+    logits_BxTxV: jax.Array, targets_BxT: jax.Array, weights_BxT: jax.Array, z_loss: float = 0.0
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Sum over tokens of w (nll + z_loss logsumexp^2), with {"nll", "weight"}: the sums without the z-term, and of w.
+
+    The z-term keeps the softmax normaliser near 1 (Chowdhery et al. 2022, section 5).
+    """
+    nll_BxT, lse_BxT = token_nll(logits_BxTxV, targets_BxT)
+    sums = {"nll": (nll_BxT * weights_BxT).sum(), "weight": weights_BxT.sum()}
+    if not z_loss:
+        return sums["nll"], sums
+    return sums["nll"] + z_loss * (jnp.square(lse_BxT) * weights_BxT).sum(), sums

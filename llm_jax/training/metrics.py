@@ -1,0 +1,59 @@
+"""Metrics of a run as JSON lines and TensorBoard events."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llm_jax import files
+from llm_jax.config import Config
+from llm_jax.training.pretrain import Evaluation
+
+
+class Metrics:
+    """Appends to metrics.jsonl and to TensorBoard's events; a restart at `step` drops the lines that it will write again."""
+
+    def __init__(self, folder: Path, step: int):
+        from tensorboardX import SummaryWriter
+
+        path = folder / "metrics.jsonl"
+        kept = []
+        for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
+            if line.endswith("\n") and json.loads(line)["step"] <= step:
+                kept.append(line)
+        files.write_atomic(path, "".join(kept))
+        self._file = open(path, "a")
+        self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1, flush_secs=30)
+        self.last_loss = math.nan
+
+    def write(self, cfg: Config, step: int, n: int, metrics_C: dict[str, Any]) -> int | None:
+        """One line for steps `step` to `step + n`: means over them. Returns the first step whose loss is not finite."""
+        values = {name: np.asarray(value, np.float64)[:n] for name, value in metrics_C.items()}
+        bad = np.flatnonzero(~np.isfinite(values["nll"]))
+        self.last_loss = float(values["nll"][bad[0]] if len(bad) else values["nll"].mean())
+        line = {"step": step + n, "tokens": (step + n) * int(cfg.train.tokens_per_step)}
+        line |= {"loss" if name == "nll" else name: float(value.mean()) for name, value in values.items()}
+        self._write(line)
+        return step + int(bad[0]) if len(bad) else None
+
+    def write_evaluation(self, step: int, cfg: Config, evaluation: Evaluation) -> None:
+        line = {"step": step, "tokens": step * int(cfg.train.tokens_per_step)}
+        self._write(line | {f"eval_{name}": value for name, value in evaluation._asdict().items()})
+
+    def _write(self, line: dict[str, Any]) -> None:
+        self._file.write(json.dumps(line) + "\n")
+        for name, value in line.items():
+            if name not in ("step", "tokens"):
+                self._events.add_scalar(name, value, line["step"])
+
+    def flush(self) -> None:
+        """Before a checkpoint: a restart from it finds the lines of all steps before."""
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+        self._events.close()

@@ -1,0 +1,308 @@
+"""How the figures of a report look: style, colours, marks, axes, and a Plot as SVG, PNG and CSV.
+
+Panels are 3.4 inches wide, the column of a two-column paper; figures with two panels are 7. Colours are perceptually even
+and safe for colour-blind readers: viridis for budgets, plasma for N, cividis for D. Matplotlib is imported inside functions,
+so that importing this module costs nothing.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
+
+Row = dict[str, Any]
+
+FORECAST, TRUTH, LAW, NEUTRAL = "#d55e00", "#0072b2", "#222222", "#888888"
+"""Vermilion and blue of Okabe and Ito (2008), which stand out from viridis; near-black; grey for legends of coloured things."""
+DASHED, DOTTED, TIGHT = (0, (5, 2)), (0, (1, 1.2)), (0, (2, 1.5))
+STYLE = {
+    "font.family": "STIXGeneral",  # ships with matplotlib, so a figure is the same on every machine
+    "mathtext.fontset": "stix",
+    "font.size": 9,
+    "axes.labelsize": 9,
+    "legend.fontsize": 8,
+    "xtick.labelsize": 8.5,
+    "ytick.labelsize": 8.5,
+    "axes.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.unicode_minus": True,
+    "grid.color": "#e8e8e8",
+    "grid.linewidth": 0.5,
+    "lines.linewidth": 1.1,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "xtick.major.size": 3,
+    "ytick.major.size": 3,
+    "legend.frameon": False,
+    "legend.handlelength": 1.5,
+    "legend.handletextpad": 0.5,
+    "legend.columnspacing": 1.3,
+    "legend.borderpad": 0.1,
+    "svg.fonttype": "path",
+    "figure.facecolor": "white",
+}
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure, what to see in it, and its numbers: one dict a CSV line, of which `series` says what the line is."""
+
+    name: str
+    title: str
+    caption: str
+    figure: Figure
+    rows: list[Row]
+    wide: bool = False
+    """Two columns of the page."""
+
+
+def eng(value: float) -> str:
+    """4254208 -> "4.25M": three digits and a suffix; B is 1e9 and T is 1e12, as the field writes them."""
+    rounded = float(f"{value:.3g}")
+    for size, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(rounded) >= size:
+            shown = rounded / size
+            return (f"{shown:.3g}" if abs(shown) < 1000 else f"{shown:.0f}") + suffix
+    return f"{rounded:.3g}"
+
+
+def power(value: float) -> str:
+    """3e15 -> "3×10^15" in mathtext, the mantissa to two digits."""
+    mantissa, exponent = f"{value:.1e}".split("e")
+    mantissa = mantissa.removesuffix(".0")
+    return f"$10^{{{int(exponent)}}}$" if mantissa == "1" else rf"${mantissa}\times 10^{{{int(exponent)}}}$"
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def column(rows: Iterable[Row], name: str) -> np.ndarray:
+    """float64, with nan where a value is missing."""
+    return np.array([r[name] if is_number(r.get(name)) else math.nan for r in rows], dtype=np.float64)
+
+
+def series(name: str, **columns: Any) -> list[Row]:
+    """Columns as CSV rows; a scalar is repeated."""
+    full = {k: list(c) if isinstance(c, list | tuple | np.ndarray) else None for k, c in columns.items()}
+    length = max((len(c) for c in full.values() if c is not None), default=1)
+    return [{"series": name, **{k: columns[k] if c is None else c[i] for k, c in full.items()}} for i in range(length)]
+
+
+# Colours
+
+
+def shades(values: Iterable[float]) -> dict[float, Any]:
+    """One colour a value, evenly spaced in rank; the pale end of the map is left out, for it fades on paper."""
+    from matplotlib import colormaps
+
+    ordered = sorted(set(values))
+    return {v: colormaps["viridis"](0.86 * i / max(1, len(ordered) - 1)) for i, v in enumerate(ordered)}
+
+
+def log_scale(values: Iterable[float], colormap: str) -> Any:
+    """A ScalarMappable that colours by the logarithm of the values."""
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import ListedColormap, LogNorm
+
+    values = list(values)
+    low, high = min(values), max(values)
+    if low == high:
+        low, high = low / 1.5, high * 1.5
+    return ScalarMappable(LogNorm(low, high), ListedColormap(colormaps[colormap](np.linspace(0, 0.88, 256))))
+
+
+def color_bar(figure: Figure, axes: Axes, scale: Any, label: str) -> None:
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    bar = figure.colorbar(scale, ax=axes, pad=0.02, aspect=28)
+    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.ax.yaxis.set_major_locator(FixedLocator(log_ticks(*scale.get_clim())))
+    bar.ax.yaxis.set_minor_locator(NullLocator())
+    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: eng(value)))
+    bar.ax.tick_params(length=2, labelsize=8)
+    bar.set_label(label)
+
+
+# Axes
+
+
+def new_figure(panels: int = 1, height: float = 2.9) -> tuple[Figure, list[Axes]]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.4 if panels == 1 else 7.0, height), layout="constrained")
+    return figure, list(figure.subplots(1, panels, squeeze=False)[0])
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Round places in [low, high]: 1 2 5 a decade over short ranges, then 1 3, then decades, or every other of them."""
+    decades = math.log10(high / low)
+    mantissas: tuple[int, ...] = (1, 3) if decades < 2.8 else (1,)
+    if decades < 1.6:
+        mantissas = (1, 2, 5)
+    if decades < 0.7:
+        mantissas = (1, 2, 3, 4, 6, 8)
+    every = max(1, math.ceil(decades / 7))
+    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    places = [m * 10.0**e for e in exponents if e % every == 0 for m in mantissas]
+    return [t for t in places if low * (1 - 1e-9) <= t <= high * (1 + 1e-9)]
+
+
+def set_log_axis(axis: Axis, values: Iterable[float], text: Callable[[float], str], pad: float = 0.05) -> None:
+    """A logarithmic axis over the values and a margin, labelled at round places alone."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
+
+    values = list(values)
+    low, high = min(values), max(values)
+    margin = max((high / low) ** pad, 1.06)
+    low, high = low / margin, high * margin
+    set_scale, set_limits = (
+        (axis.axes.set_xscale, axis.axes.set_xlim)
+        if axis.axis_name == "x"
+        else (axis.axes.set_yscale, axis.axes.set_ylim)
+    )
+    set_scale("log")
+    set_limits(low, high)
+    ticks = log_ticks(low, high)
+    decades = [t for t in ticks if abs(math.log10(t) % 1 - 0.5) > 0.5 - 1e-9]
+    major = decades if text is power and len(decades) >= 2 else ticks  # 10^15 reads better than 3x10^15
+    axis.set_major_locator(FixedLocator(major))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
+    axis.set_minor_locator(FixedLocator([t for t in ticks if t not in major]))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def set_loss_axis(axes: Axes, values: Iterable[float]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    values = [v for v in values if is_number(v)]
+    low, high = min(values), max(values)
+    margin = 0.06 * (high - low) or 0.01 * abs(high) or 1.0
+    axes.set_ylim(low - margin, high + margin)
+    axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+
+
+def legend(figure: Figure, entries: Mapping[str, Any], columns: int) -> None:
+    """Above the panels, where it can hide nothing."""
+    if entries:
+        figure.legend(list(entries.values()), list(entries), loc="outside upper center", ncols=columns)
+
+
+# Marks. Each has a key_ beside it, its entry in the legend.
+
+
+def key(color: Any, shape: str, size: float = 4, face: Any = None) -> Any:
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], color=color, marker=shape, ls="", ms=size, mew=0.7, mfc=color if face is None else face)
+
+
+def key_line(color: Any, dash: Any = "-") -> Any:
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], color=color, linestyle=dash)
+
+
+def key_star() -> Any:
+    return key(FORECAST, "*", 8, face="white")
+
+
+def key_diamond() -> Any:
+    return key("black", "D", 3.4)
+
+
+def key_minimum(hollow: bool = False) -> Any:
+    return key("black", "v", 5, face="white" if hollow else "#bbbbbb")
+
+
+def whisker(axes: Axes, x: float, y: float, *, xs: Any = None, ys: Any = None, color: Any, z: float) -> None:
+    """A bar at the point (x, y) between two places, xs or ys = (low, high), whichever side of the point they lie.
+
+    An infinite end, which only N and D on their logarithmic axes can have, runs out of the panel.
+    """
+    ends, at = (xs, x) if xs else (ys, y)
+    if ends is None or any(e is None or math.isnan(e) for e in ends):
+        return
+    low, high = (e if math.isfinite(e) else at * 1e9 ** math.copysign(1, e) for e in ends)
+    cap = {"fmt": "none", "ecolor": color, "elinewidth": 0.8, "capsize": 1.8, "capthick": 0.8, "zorder": z}
+    if xs:
+        axes.errorbar([(low + high) / 2], [y], xerr=(high - low) / 2, **cap)
+    else:
+        axes.errorbar([x], [(low + high) / 2], yerr=(high - low) / 2, **cap)
+
+
+def dots(axes: Axes, x: Any, y: np.ndarray, error: np.ndarray, colors: Iterable[Any]) -> None:
+    """Measurements with their standard errors."""
+    colors, error = list(colors), np.nan_to_num(error)
+    axes.errorbar(x, y, yerr=error, fmt="none", ecolor=colors, elinewidth=0.8, zorder=2.9)
+    axes.scatter(x, y, s=14, c=colors, edgecolors="white", linewidths=0.35, zorder=3)
+
+
+def star(axes: Axes, x: float, y: float) -> None:
+    axes.scatter([x], [y], s=80, marker="*", c="white", edgecolors=FORECAST, linewidths=0.9, zorder=6)
+
+
+def diamond(axes: Axes, x: float, y: float) -> None:
+    axes.scatter([x], [y], s=11, marker="D", c="black", linewidths=0, zorder=8)
+
+
+def triangle(axes: Axes, x: float, y: float, color: Any) -> None:
+    axes.scatter([x], [y], s=30, marker="v", c=[color], edgecolors="black", linewidths=0.7, zorder=4.5)
+
+
+def band(axes: Axes, x: np.ndarray, y: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
+    axes.fill_between(x, low, high, color=LAW, alpha=0.16, linewidth=0, zorder=1)
+    axes.plot(x, y, color=LAW, zorder=2)
+
+
+# Files
+
+
+def svg(plot: Plot) -> str:
+    """The figure as an SVG document: the same bytes for the same numbers. Every id begins with the figure's name, so that
+    several figures can stand in one page; matplotlib names glyphs and axes alike in all of them."""
+    import matplotlib
+
+    buffer = io.StringIO()
+    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    with matplotlib.rc_context(STYLE | {"svg.hashsalt": plot.name}):
+        plot.figure.savefig(buffer, format="svg", metadata=nothing)
+    text = re.sub(r"<!DOCTYPE.*?>\s*", "", buffer.getvalue(), flags=re.DOTALL)
+    return re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{plot.name}-", text)
+
+
+def png(plot: Plot) -> bytes:
+    """At 300 dots an inch."""
+    import matplotlib
+
+    buffer = io.BytesIO()
+    with matplotlib.rc_context(STYLE):
+        plot.figure.savefig(buffer, format="png", dpi=300, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def table(plot: Plot) -> str:
+    """The rows as CSV; floats keep every digit."""
+    buffer = io.StringIO()
+    names = list(dict.fromkeys(name for row in plot.rows for name in row))
+    writer = csv.DictWriter(buffer, names, lineterminator="\n", restval="")
+    writer.writeheader()
+    for row in plot.rows:
+        writer.writerow({k: v.item() if isinstance(v, np.generic) else v for k, v in row.items()})
+    return buffer.getvalue()

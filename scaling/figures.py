@@ -1,0 +1,443 @@
+"""The figures of a scaling report, each a function of plain rows of numbers; None where there is nothing to draw.
+
+Conventions in all of them: N counts every parameter, a tied embedding once; C = 6ND FLOPs; losses are nats per token.
+Draw them inside `style()`.
+"""
+
+from __future__ import annotations
+
+import ast
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from scaling import drawing
+from scaling.drawing import (
+    DASHED,
+    DOTTED,
+    FORECAST,
+    LAW,
+    NEUTRAL,
+    TIGHT,
+    TRUTH,
+    Plot,
+    Row,
+    column,
+    eng,
+    is_number,
+    key,
+    key_diamond,
+    key_line,
+    key_minimum,
+    key_star,
+    power,
+    series,
+    shades,
+)
+
+Predict = Callable[[Any, Any], np.ndarray]
+"""(N, D) -> loss, elementwise, in float64."""
+
+N_LABEL = "parameters $N$ (total, tied embedding counted once)"
+D_LABEL = "training tokens $D$"
+C_LABEL = r"training compute $C = 6ND$ (FLOPs)"
+LOSS_LABEL = "loss (nats per token)"
+OPERATORS: dict[type, Callable] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.Pow: operator.pow,
+    ast.USub: operator.neg,
+}
+
+
+def style() -> Any:
+    """The context in which figures are drawn."""
+    import matplotlib
+
+    return matplotlib.rc_context(drawing.STYLE)
+
+
+def predictor(fit: Row | None) -> Predict | None:
+    """The fitted law as a function, read from its own formula: "L = E + A / N^alpha + B / D^beta" and values for the letters.
+
+    None where there is no fit, or the formula asks for more than N, D and the parameters.
+    """
+    if not fit:
+        return None
+    letters = {name: p["value"] for name, p in fit["parameters"].items()}
+    tree = ast.parse(fit["formula"].split("=")[-1].replace("^", "**").strip(), mode="eval").body
+    if {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)} - {"N", "D", *letters}:
+        return None
+
+    def value(node: Any, names: Mapping[str, Any]) -> Any:
+        if isinstance(node, ast.BinOp):
+            return OPERATORS[type(node.op)](value(node.left, names), value(node.right, names))
+        if isinstance(node, ast.UnaryOp):
+            return OPERATORS[type(node.op)](value(node.operand, names))
+        return names[node.id] if isinstance(node, ast.Name) else float(ast.literal_eval(node))
+
+    return lambda n, d: value(tree, letters | {"N": np.asarray(n, np.float64), "D": np.asarray(d, np.float64)})
+
+
+def finished(trials: Iterable[Row]) -> list[Row]:
+    """The trials that can be drawn, by budget and then by N."""
+    done = [t for t in trials if t.get("status") == "done" and is_number(t.get("loss"))]
+    return sorted(done, key=lambda t: (t.get("budget") or 0, t["N_params"], t["D_tokens"]))
+
+
+def trial_rows(trials: Sequence[Row], **more: Any) -> list[Row]:
+    ledger = {"N": "N_params", "D": "D_tokens", "C": "C_flops"}
+    names = ("id", "budget", "N", "D", "C", "loss", "loss_se")
+    return series("trial", **{n: [t.get(ledger.get(n, n)) for t in trials] for n in names}, **more)
+
+
+def outcome(forecast: Row | None, verify: Row | None) -> list[Row]:
+    """The registered forecast, then what was measured for it, as points of a figure."""
+    if not forecast:
+        return []
+    at, prediction = {name: forecast["target"][name] for name in "NDC"}, forecast["prediction"]
+    low, high = prediction["interval"]
+    rows = series("forecast", **at, loss=prediction["loss"], loss_low=low, loss_high=high)
+    if verify:
+        rows += series("measured", **at, loss=verify["measured"], loss_se=verify.get("standard_error"))
+    return rows
+
+
+def heights(done: Iterable[Row], told: Iterable[Row]) -> list[float]:
+    """Every loss that a loss axis must show."""
+    return [*column(done, "loss"), *(r[k] for r in told for k in ("loss", "loss_low", "loss_high") if k in r)]
+
+
+def draw_trials(axes: Any, done: Sequence[Row], x: str, colors: Iterable[Any]) -> None:
+    drawing.dots(axes, column(done, x), column(done, "loss"), column(done, "loss_se"), colors)
+
+
+def draw_outcome(axes: Any, told: Iterable[Row], x: str, entries: dict[str, Any]) -> None:
+    """The forecast as a star with its interval, the measurement as a filled diamond upon it."""
+    for row in told:
+        if row["series"] == "forecast":
+            ends = (row["loss_low"], row["loss_high"])
+            drawing.whisker(axes, row[x], row["loss"], ys=ends, color=FORECAST, z=6.5)
+            drawing.star(axes, row[x], row["loss"])
+            entries["forecast, with interval"] = key_star()
+        else:
+            error = row["loss_se"] or 0
+            drawing.whisker(
+                axes, row[x], row["loss"], ys=(row["loss"] - error, row["loss"] + error), color="black", z=7
+            )
+            drawing.diamond(axes, row[x], row["loss"])
+            entries["measured"] = key_diamond()
+
+
+def isoflop(trials: Sequence[Row], minima: Sequence[Row], told: Sequence[Row], predict: Predict | None) -> Plot | None:
+    """Loss against N, one parabola in ln N a budget (Hoffmann et al. 2022, approach 2)."""
+    done = [t for t in finished(trials) if t.get("budget")]
+    if not done:
+        return None
+    color = shades([t["budget"] for t in done] + [m["budget"] for m in minima])
+    figure, (axes,) = drawing.new_figure(height=3.6)
+    draw_trials(axes, done, "N_params", [color[t["budget"]] for t in done])
+    rows, entries = trial_rows(done), {f"$C$ = {power(b)}": key(color[b], "o") for b in color}
+    sizes, losses = [*column(done, "N_params"), *(r["N"] for r in told)], heights(done, told)
+    edges: list[Row] = []
+    for m in minima:
+        measured = [t["N_params"] for t in done if t["budget"] == m["budget"]]
+        if not measured or not all(map(is_number, m["coefficients"])):
+            continue
+        n = np.geomspace(min(measured) / 1.12, max(measured) * 1.12, 81)
+        parabola = np.polyval(m["coefficients"], np.log(n))
+        axes.plot(n, parabola, color=color[m["budget"]], zorder=2)
+        low, high = m.get("N_opt_interval") or (None, None)
+        fitted = {
+            "N": m.get("N_opt"),
+            "N_low": low,
+            "N_high": high,
+            "loss": m.get("loss_opt"),
+            "edge": m.get("edge") or "",
+        }
+        rows += series("parabola", budget=m["budget"], N=n, loss=parabola) + series(
+            "minimum", budget=m["budget"], **fitted
+        )
+        if m.get("edge") or not is_number(m.get("N_opt")):  # the bottom was not measured: mark the last size that was
+            edges.append(m)
+            at = min(measured) if m.get("edge") == "low" else max(measured)
+            best = float(np.polyval(m["coefficients"], np.log(at)))
+            drawing.triangle(axes, at, best, "white")
+            entries["minimum at the grid's edge"] = key_minimum(hollow=True)
+        else:
+            at, best = m["N_opt"], m["loss_opt"]
+            drawing.whisker(axes, at, best, xs=(low, high), color="black", z=4)
+            drawing.triangle(axes, at, best, color[m["budget"]])
+            entries["minimum, with interval"] = key_minimum()
+        sizes.append(at)
+        losses.append(best)
+    draw_outcome(axes, told, "N", entries)
+    if told and predict:
+        target = told[0]
+        n = target["N"] * np.geomspace(1 / 6, 6, 81)
+        loss = predict(n, target["C"] / (6 * n))
+        rows += series("law at the target", budget=target["C"], N=n, loss=loss)
+        axes.plot(n, loss, color=FORECAST, linestyle=TIGHT, linewidth=0.9, zorder=1.9)
+        entries[f"law at {power(target['C'])}"] = key_line(FORECAST, TIGHT)
+    drawing.set_log_axis(axes.xaxis, sizes, eng)
+    drawing.set_loss_axis(axes, losses)
+    axes.set(xlabel=N_LABEL, ylabel=LOSS_LABEL)
+    drawing.legend(figure, entries, 3)
+    caption = "Final loss against total parameters N (tied embedding counted once), one colour a budget C = 6ND (FLOPs)"
+    caption += ", with the standard error of each evaluation"
+    caption += "; a triangle marks where the parabola in ln N puts the best size." if minima else "."
+    if edges:
+        caption += f" Hollow: the minimum of {len(edges)} of {len(minima)} budgets lies at the edge of the sizes tried,"
+        caption += " which only bounds the optimum."
+    return Plot("isoflop", "isoFLOP curves", caption, figure, rows + list(told))
+
+
+def frontier(trials: Sequence[Row], bands: Row | None, told: Sequence[Row]) -> Plot | None:
+    """Loss against compute, the efficient frontier and the forecast on it."""
+    done = finished(trials)
+    if not done:
+        return None
+    color = shades(t.get("budget") or 0 for t in done)
+    figure, (axes,) = drawing.new_figure(height=3.6)
+    draw_trials(axes, done, "C_flops", [color[t.get("budget") or 0] for t in done])
+    rows, entries = trial_rows(done), {"trials": key(NEUTRAL, "o")}
+    compute, losses = [*column(done, "C_flops"), *(r["C"] for r in told)], heights(done, told)
+    if bands:
+        c, loss, low, high = (np.asarray(bands[k], np.float64) for k in ("C", "loss", "loss_low", "loss_high"))
+        rows += series("frontier", C=c, loss=loss, loss_low=low, loss_high=high)
+        drawing.band(axes, c, loss, low, high)
+        entries["efficient frontier, with band"] = key_line(LAW)
+        compute += [c.min(), c.max()]
+        losses += [loss.min()]
+    draw_outcome(axes, told, "C", entries)
+    drawing.set_log_axis(axes.xaxis, compute, power)
+    drawing.set_loss_axis(axes, losses)
+    axes.set(xlabel=C_LABEL, ylabel=LOSS_LABEL)
+    drawing.legend(figure, entries, 2)
+    caption = "Final loss of every trial against its training compute C = 6ND, in the colours of the budgets"
+    caption += "; the line is the least loss that the fitted law promises for C." if bands else "."
+    if len(told) == 2:
+        zoom(axes, *told)
+        caption += " The inset magnifies the forecast and the measurement."
+    return Plot("frontier", "Loss against compute", caption, figure, rows + list(told))
+
+
+def zoom(axes: Any, forecast: Row, measured: Row) -> None:
+    """Forecast over measurement on one loss axis: an interval of a percent is invisible at the scale of the sweep."""
+    from matplotlib.ticker import MaxNLocator
+
+    inset = axes.inset_axes((0.52, 0.7, 0.47, 0.27))
+    low, high, error = forecast["loss_low"], forecast["loss_high"], measured["loss_se"] or 0
+    ends = (measured["loss"] - error, measured["loss"] + error)
+    inset.axvspan(low, high, color=FORECAST, alpha=0.1, linewidth=0)
+    drawing.whisker(inset, forecast["loss"], 1, xs=(low, high), color=FORECAST, z=5)
+    drawing.star(inset, forecast["loss"], 1)
+    drawing.whisker(inset, measured["loss"], 0, xs=ends, color="black", z=5)
+    drawing.diamond(inset, measured["loss"], 0)
+    left, right = min(low, ends[0]), max(high, ends[1])
+    margin = 0.15 * (right - left) or 0.01
+    inset.set(
+        xlim=(left - margin, right + margin), ylim=(-0.8, 1.8), yticks=[0, 1], yticklabels=["measured", "forecast"]
+    )
+    inset.xaxis.set_major_locator(MaxNLocator(3))
+    inset.tick_params(labelsize=7.5, length=2, pad=2)
+    inset.tick_params(axis="y", length=0)
+    inset.grid(False)
+    inset.spines["left"].set_visible(False)
+
+
+def law_panels(
+    trials: Sequence[Row], fit: Row | None, predict: Predict | None, told: Sequence[Row], entropy: float | None
+) -> Plot | None:
+    """Loss against N in the colours of D, and against D in the colours of N, with the fitted law's curves."""
+    done = finished(trials)
+    if not done:
+        return None
+    figure, panels = drawing.new_figure(2, height=3.3)
+    rows, entries = trial_rows(done), {"trials": key(NEUTRAL, "o")}
+    if predict:
+        entries["fitted law"] = key_line(NEUTRAL)
+    losses = heights(done, told)
+    floor = min(losses) - 0.75 * (max(losses) - min(losses))  # a level further down would squeeze the data
+    caption = "Left: final loss against total parameters N (tied embedding counted once), in the colours of training tokens D;"
+    caption += " right: the reverse." + (" Lines are the fitted law at one D, and at one N." if predict else "")
+    for name, value, interval, color, dash in levels(fit, entropy):
+        low, high = interval or (None, None)
+        rows += series(name, loss=value, loss_low=low, loss_high=high)
+        if value < floor:
+            caption += f" Below the view: {name}, {value:.4g}."
+            continue
+        for axes in panels:
+            axes.axhline(value, color=color, linestyle=dash, linewidth=1.0, zorder=1.5)
+            if interval:
+                axes.axhspan(low, high, color=color, alpha=0.1, linewidth=0, zorder=0.5)
+        entries[name] = key_line(color, dash)
+        losses += [value, *(max(v, floor) for v in interval or ())]
+    letters = {"N": ("N_params", N_LABEL, "parameters $N$", "plasma"), "D": ("D_tokens", D_LABEL, D_LABEL, "cividis")}
+    for axes, x, by in zip(panels, "ND", "DN", strict=True):
+        (x_name, x_label, _, _), (by_name, _, by_label, colormap) = letters[x], letters[by]
+        span, held = [*column(done, x_name), *(r[x] for r in told)], np.unique(column(done, by_name))
+        scale = drawing.log_scale(held, colormap)
+        draw_trials(axes, done, x_name, scale.to_rgba(column(done, by_name)))
+        if len(held) > 7:  # in an isoFLOP sweep every trial has its own D
+            held = np.geomspace(held[0], held[-1], 6)
+        grid = np.geomspace(min(span) / 1.3, max(span) * 1.3, 81)
+        for value in held if predict else ():
+            loss = predict(*((grid, value) if x == "N" else (value, grid)))  # type: ignore[misc]
+            rows += series("law", **{x: grid, by: value}, loss=loss)
+            axes.plot(grid, loss, color=scale.to_rgba(value), linewidth=0.9, zorder=2)
+        draw_outcome(axes, told, x, entries)
+        drawing.set_log_axis(axes.xaxis, span, eng)
+        drawing.set_loss_axis(axes, losses)
+        axes.set(xlabel=x_label, ylabel=LOSS_LABEL)
+        drawing.color_bar(figure, axes, scale, by_label)
+    drawing.legend(figure, entries, 6)
+    return Plot("law", "Loss against parameters and tokens", caption, figure, rows + list(told), wide=True)
+
+
+def levels(fit: Row | None, entropy: float | None) -> list[tuple[str, float, Any, Any, Any]]:
+    """(name, loss, interval, colour, dash) of what no model can beat: as fitted, unless unbounded, and as it truly is."""
+    found: list[tuple[str, float, Any, Any, Any]] = []
+    fitted = fit["parameters"].get("E") if fit else None
+    if fitted and not fitted.get("unbounded"):
+        found.append(("fitted E, with interval", fitted["value"], fitted.get("interval"), LAW, DASHED))
+    if entropy is not None:
+        found.append(("true entropy of the source", entropy, None, TRUTH, DOTTED))
+    return found
+
+
+def optimum(bands: Row | None, minima: Sequence[Row], told: Sequence[Row]) -> Plot | None:
+    """N*(C) and D*(C): the law's band over the minima of the isoFLOP parabolas."""
+    inside = [m for m in minima if is_number(m.get("N_opt")) and not m.get("edge")]
+    if not bands and not inside:
+        return None
+    figure, panels = drawing.new_figure(2, height=2.9)
+    color = shades(m["budget"] for m in minima)
+    rows: list[Row] = []
+    entries: dict[str, Any] = {}
+    for axes, x, label in zip(panels, "ND", ("optimal parameters $N^*$ (total)", "optimal tokens $D^*$"), strict=True):
+        names = {k: f"{x}_{k}" for k in ("low", "high")}
+        compute, values = [r["C"] for r in told[:1]], [r[x] for r in told[:1]]
+        if bands:
+            c, best, low, high = (np.asarray(bands[k], np.float64) for k in ("C", f"{x}_opt", *names.values()))
+            rows += series(f"law {x}*", **{"C": c, x: best, names["low"]: low, names["high"]: high})
+            drawing.band(axes, c, best, low, high)
+            entries["fitted law, with band"] = key_line(LAW)
+            compute += [c.min(), c.max()]
+            values += [best.min(), best.max()]
+        for m in inside:
+            c, at = m["budget"], m[f"{x}_opt"]
+            ends = m.get("N_opt_interval") or (None, None)
+            if x == "D":  # D = C / 6N along a budget, so the ends change places
+                ends = tuple(c / (6 * n) if n else None for n in reversed(ends))
+            rows += series(f"isoFLOP minimum {x}*", **{"C": c, x: at, names["low"]: ends[0], names["high"]: ends[1]})
+            drawing.whisker(axes, c, at, ys=ends, color="black", z=4)
+            drawing.triangle(axes, c, at, color[c])
+            entries["isoFLOP minimum, with interval"] = key_minimum()
+            compute.append(c)
+            values += [at, *filter(is_number, ends)]
+        for target in told[:1]:
+            drawing.star(axes, target["C"], target[x])
+            entries["target of the forecast"] = key_star()
+        drawing.set_log_axis(axes.xaxis, compute, power)
+        drawing.set_log_axis(axes.yaxis, values, eng)
+        axes.set(xlabel=C_LABEL, ylabel=label)
+    drawing.legend(figure, entries, 3)
+    caption = (
+        "The compute-optimal size N* (total parameters, tied embedding counted once) and tokens D* as C = 6ND grows"
+    )
+    caption += ": the fitted law with its band" if bands else ""
+    caption += (", and " if bands else ", ") + "the minima of the isoFLOP curves." if inside else "."
+    skipped = len(minima) - len(inside)
+    caption += f" Left out: {skipped} at the edge of the sizes tried." if skipped else ""
+    return Plot("optimum", "Compute-optimal allocation", caption, figure, rows + list(told[:1]), wide=True)
+
+
+def binned(tokens: np.ndarray, loss: np.ndarray, bins: int = 160) -> tuple[np.ndarray, np.ndarray]:
+    """Means over bins of equal width in log tokens; a bin with one point keeps it as it is."""
+    edges = np.geomspace(tokens.min(), tokens.max(), bins + 1)
+    where = np.clip(np.searchsorted(edges, tokens, side="right") - 1, 0, bins - 1)
+    count = np.bincount(where, minlength=bins)
+    log_x, y = (
+        np.bincount(where, weights=v, minlength=bins)[count > 0] / count[count > 0] for v in (np.log(tokens), loss)
+    )
+    return np.exp(log_x), y
+
+
+def learning_curves(trials: Sequence[Row], curves: Mapping[str, Mapping[str, Sequence[float]]]) -> Plot | None:
+    """Training loss against tokens seen."""
+    sizes = {t["id"]: t["N_params"] for t in trials if t["id"] in curves and len(curves[t["id"]]["tokens"])}
+    if not sizes:
+        return None
+    figure, (axes,) = drawing.new_figure(height=3.0)
+    scale = drawing.log_scale(sizes.values(), "plasma")
+    rows: list[Row] = []
+    seen: list[float] = []
+    losses: list[float] = []
+    raw = 0
+    for name, size in sorted(sizes.items(), key=lambda item: (item[1], item[0])):
+        curve, color = curves[name], scale.to_rgba(size)
+        tokens, loss = np.asarray(curve["tokens"], np.float64), np.asarray(curve["loss"], np.float64)
+        rows += series("training", id=name, N=size, tokens=tokens, loss=loss)
+        drawn = np.isfinite(loss) & (tokens > 0)
+        if drawn.any():
+            x, y = binned(tokens[drawn], loss[drawn])
+            axes.plot(x, y, color=color, linewidth=0.8)
+            seen, losses, raw = [*seen, *x], [*losses, *y], raw + int(drawn.sum())
+        if curve.get("eval_tokens"):
+            rows += series(
+                "held out", id=name, N=size, tokens=list(curve["eval_tokens"]), loss=list(curve["eval_loss"])
+            )
+            axes.scatter(
+                curve["eval_tokens"], curve["eval_loss"], s=9, color=color, edgecolors="black", lw=0.4, zorder=3
+            )
+    if not seen:
+        return None
+    drawing.set_log_axis(axes.xaxis, seen, eng, pad=0.02)
+    drawing.set_loss_axis(axes, losses)
+    axes.set(xlabel="tokens seen", ylabel="training " + LOSS_LABEL)
+    drawing.color_bar(figure, axes, scale, "parameters $N$ (total)")
+    caption = "Training loss as tokens are seen, one line a trial, in the colours of total parameters N"
+    caption += "; smoothed: means over 160 equal steps of log tokens." if raw > len(seen) else "; not smoothed."
+    caption += " Dots are evaluations on the held-out set." if any(curves[n].get("eval_tokens") for n in sizes) else ""
+    return Plot("curves", "Learning curves", caption, figure, rows)
+
+
+def residuals(trials: Sequence[Row], predict: Predict | None, told: Sequence[Row]) -> Plot | None:
+    """How far each trial lies from the fitted law, in percent of the law."""
+    done = finished(trials)
+    if not done or predict is None:
+        return None
+    c, expected = column(done, "C_flops"), predict(column(done, "N_params"), column(done, "D_tokens"))
+    relative, error = 100 * (column(done, "loss") / expected - 1), 100 * column(done, "loss_se") / expected
+    rows = trial_rows(done, predicted=expected, residual_percent=relative)
+    figure, (axes,) = drawing.new_figure(height=3.0)
+    color = shades(t.get("budget") or 0 for t in done)
+    axes.axhline(0, color=LAW, linewidth=0.9, zorder=2)
+    drawing.dots(axes, c, relative, error, [color[t.get("budget") or 0] for t in done])
+    entries, compute = {"trials": key(NEUTRAL, "o")}, list(c)
+    widest = [np.nanmax(np.abs(relative) + np.nan_to_num(error))]
+    if len(told) == 2:
+        forecast, measured = told
+        gap, *ends = (
+            100 * (v / forecast["loss"] - 1) for v in (measured["loss"], forecast["loss_low"], forecast["loss_high"])
+        )
+        rows += series(
+            "measured", C=measured["C"], loss=measured["loss"], predicted=forecast["loss"], residual_percent=gap
+        )
+        drawing.whisker(axes, measured["C"], 0, ys=ends, color=FORECAST, z=5)
+        drawing.diamond(axes, measured["C"], gap)
+        entries |= {"interval of the forecast": key_line(FORECAST), "measured": key_diamond()}
+        compute.append(measured["C"])
+        widest += map(abs, (gap, *ends))
+    limit = 1.12 * max(widest) or 1.0
+    drawing.set_log_axis(axes.xaxis, compute, power)
+    axes.set(xlabel=C_LABEL, ylabel="(measured − law) / law (%)", ylim=(-limit, limit))
+    drawing.legend(figure, entries, 3)
+    caption = "What the fitted law leaves over, against C = 6ND, in the colours of the budgets"
+    caption += f"; root mean square {np.sqrt(np.mean(relative**2)):.2g} %. A trend along C would speak against the law."
+    return Plot("residuals", "Residuals of the fit", caption, figure, rows)

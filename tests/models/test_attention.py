@@ -1,0 +1,113 @@
+"""The plain attention, which faster kernels are held against, is itself held against loops over heads and positions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llm_jax.models.attention import attend, attention_mask
+
+B, T, H = 2, 7, 6
+SEGMENT_BxT = np.array([[1, 1, 1, 2, 2, 3, 0], [5, 5, 5, 5, 5, 5, 5]], np.int32)
+
+
+def arrays(seed: int, num_heads: int, kv_heads: int, num_keys: int, dtype=jnp.float32):
+    rng = np.random.default_rng(seed)
+    shapes = (B, T, num_heads, H), (B, num_keys, kv_heads, H), (B, num_keys, kv_heads, H)
+    return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
+
+
+def sees(query: int, key: int, window: int | None, segment_T: np.ndarray | None, offset: int) -> bool:
+    near = 0 <= query + offset - key < (window or np.inf)
+    return near and (segment_T is None or segment_T[query] == segment_T[key])
+
+
+def loops(q, k, v, window=None, segment_BxT=None, offset=0) -> np.ndarray:
+    """Attention in float64, one query of one head at a time."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    out = np.zeros(q.shape)
+    group = q.shape[2] // k.shape[2]
+    for b, t, n in np.ndindex(q.shape[:3]):
+        segment_T = None if segment_BxT is None else segment_BxT[b]
+        keys = [s for s in range(k.shape[1]) if sees(t, s, window, segment_T, offset)]
+        score = np.array([q[b, t, n] @ k[b, s, n // group] for s in keys]) / np.sqrt(q.shape[3])
+        weight = np.exp(score - score.max()) / np.exp(score - score.max()).sum()
+        out[b, t, n] = sum(w * v[b, s, n // group] for w, s in zip(weight, keys, strict=True))
+    return out
+
+
+CASES = {
+    "multi-head": {"num_heads": 4, "kv_heads": 4},
+    "grouped-query": {"num_heads": 4, "kv_heads": 2},
+    "multi-query, window of 3": {"num_heads": 4, "kv_heads": 1, "window": 3},
+    "window of itself alone": {"num_heads": 2, "kv_heads": 2, "window": 1},
+    "window wider than the row": {"num_heads": 2, "kv_heads": 2, "window": 99},
+    "documents": {"num_heads": 2, "kv_heads": 2, "segment_BxT": SEGMENT_BxT},
+    "documents in a window": {"num_heads": 4, "kv_heads": 2, "segment_BxT": SEGMENT_BxT, "window": 2},
+    "a cache with room": {"num_heads": 4, "kv_heads": 2, "num_keys": 12, "offset": 3},
+    "a cache, window, full": {"num_heads": 4, "kv_heads": 2, "num_keys": 12, "offset": 5, "window": 4},
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_attend_equals_loops(case):
+    """Who attends to whom, the scale 1/sqrt(H) and the pairing of heads are the definition; a fast kernel must match it."""
+    case = dict(case)
+    q, k, v = arrays(0, case.pop("num_heads"), case.pop("kv_heads"), case.pop("num_keys", T))
+    np.testing.assert_allclose(attend(q, k, v, **case), loops(q, k, v, **case), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("window", "segment_BxT", "offset", "num_keys"),
+    [(None, None, None, T), (3, None, None, T), (None, SEGMENT_BxT, None, T), (2, SEGMENT_BxT, None, T)]
+    + [(None, None, 2, T + 2), (2, None, 4, T + 6)],
+)
+def test_mask_is_true_exactly_where_a_query_may_look(window, segment_BxT, offset, num_keys):
+    """One entry too many leaks the answer into training; one too few loses context. Both train without complaint."""
+    mask = np.asarray(attention_mask(T, num_keys, window, segment_BxT, offset))
+    rows = 1 if segment_BxT is None else B
+    assert mask.shape == (rows, 1, 1, T, num_keys)
+    for b, t, s in np.ndindex(rows, T, num_keys):
+        assert mask[b, 0, 0, t, s] == sees(t, s, window, None if segment_BxT is None else segment_BxT[b], offset or 0)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_large_scores_pick_one_value_and_stay_finite(dtype):
+    """Without the maximum subtracted exp overflows at a score of 89, and early training reaches that."""
+    q, k, v = arrays(1, 2, 2, T, dtype)
+    q = q * dtype(1e4)
+    scores = np.einsum("btnh,bsnh->bnts", np.asarray(q, np.float64), np.asarray(k, np.float64)) / np.sqrt(H)
+    assert np.abs(scores).max() > 1e4
+    scores[:, :, ~np.tri(T, dtype=bool)] = -np.inf
+    picked_BxNxT = scores.argmax(-1)
+    expected = np.asarray(v, np.float32)[np.arange(B)[:, None, None], picked_BxNxT, np.arange(2)[None, :, None]]
+    out, grads = jax.value_and_grad(lambda q: attend(q, k, v).astype(jnp.float32).sum())(q)
+    assert np.isfinite(out)
+    assert np.isfinite(np.asarray(grads, np.float32)).all()
+    np.testing.assert_allclose(np.asarray(attend(q, k, v), np.float32), expected.transpose(0, 2, 1, 3), rtol=1e-6)
+
+
+def test_positions_beyond_the_filled_cache_have_no_influence():
+    """A cache is allocated once for the longest answer; what lies beyond `offset` + T is left over from nothing."""
+    q, k, v = arrays(2, 4, 2, 12)
+    stale_k, stale_v = (x.at[:, 3 + T :].set(1e4) for x in (k, v))
+    out = attend(q, k, v, offset=3)
+    np.testing.assert_array_equal(attend(q, stale_k, stale_v, offset=3), out)
+    assert not np.array_equal(attend(q, stale_k, stale_v, offset=4), out)
+
+
+def test_a_query_that_sees_nothing_is_finite():
+    """Padding rows of a cache may see no key at all; a NaN there spreads through the sum of the loss."""
+    q, k, v = arrays(3, 2, 2, T)
+    assert np.isfinite(attend(q, k, v, offset=-3)).all()
+
+
+def test_bfloat16_stays_within_its_rounding():
+    """Half-width attention is only as wrong as its roundings: scores by 2^-8 of themselves, weights and output by 2^-8."""
+    q, k, v = arrays(4, 4, 2, T, jnp.bfloat16)
+    out, expected = attend(q, k, v), loops(q, k, v)
+    assert out.dtype == jnp.bfloat16
+    scores = np.einsum("btkgh,bskh->bkgts", np.asarray(q, np.float64).reshape(B, T, 2, 2, H), np.asarray(k, np.float64))
+    # Query and score are rounded once each; a score off by e moves its weight by the factor exp(e), and all weights sum to 1.
+    bound = 2**-8 * (2 * 2 * np.abs(scores).max() / np.sqrt(H) + 2) * np.abs(np.asarray(v, np.float64)).max()
+    assert 0 < np.abs(np.asarray(out, np.float64) - expected).max() < bound

@@ -1,0 +1,510 @@
+"""The Transformer against its own mathematics in NumPy float64, and against what a language model must never do.
+
+Parameters are random throughout: those of `init` hold zeros and ones, behind which most mistakes hide.
+"""
+
+import functools
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from llm_jax.config import BadInput, Model
+from llm_jax.models import transformer
+from llm_jax.models.transformer import Cache, apply, init, init_cache, logical_axes
+
+VOCAB, B, T = 19, 2, 9
+BASE = Model(vocab_size=VOCAB, num_layers=2, d_model=16, num_heads=4, d_ff=24, max_context=16)
+VARIANTS = {
+    "default": BASE,
+    "gpt2": replace(BASE, norm="layernorm", positions="learned", mlp="gelu", qk_norm=False),
+    "llama": replace(BASE, mlp="swiglu", num_kv_heads=2, qk_norm=False, tie_embeddings=False, rope_theta=500.0),
+    "gemma": replace(BASE, mlp="gelu", num_kv_heads=1, head_dim=6, logit_softcap=2.0, window=3),
+    "vaswani": replace(BASE, norm="layernorm", norm_position="post", positions="sinusoidal", tie_embeddings=False),
+    "post, rotary, window": replace(BASE, norm_position="post", mlp="swiglu", num_kv_heads=2, window=4, num_layers=1),
+    "learned, window, scanned": replace(BASE, positions="learned", tie_embeddings=False, window=3, scan_layers=True),
+    "sinusoidal, odd heads": replace(
+        BASE, positions="sinusoidal", norm="layernorm", mlp="swiglu", num_kv_heads=1, head_dim=5, logit_softcap=9.0
+    ),
+}
+every_variant = pytest.mark.parametrize("cfg", VARIANTS.values(), ids=VARIANTS)
+windowed = pytest.mark.parametrize(
+    "cfg", [cfg for cfg in VARIANTS.values() if cfg.window], ids=[name for name in VARIANTS if VARIANTS[name].window]
+)
+
+run = jax.jit(apply, static_argnums=0)  # one compilation for each variant and shape, shared by the tests
+
+
+def path_name(path) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+@functools.lru_cache
+def random_params(cfg: Model, seed: int = 0):
+    """Every parameter random, also those that `init` sets to zero or one."""
+    rng = np.random.default_rng(seed)
+    shapes = jax.eval_shape(functools.partial(init, cfg), jax.random.key(0))
+
+    def draw(path, leaf):
+        mean = 1.0 if path_name(path).endswith("scale") else 0.0
+        return jnp.asarray(mean + 0.3 * rng.normal(size=leaf.shape), leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def random_tokens(seed: int = 0, shape=(B, T)) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, VOCAB, shape, dtype=np.int32)
+
+
+def assert_close(actual, expected, tolerance: float = 1e-5) -> None:
+    """Largest difference as a share of the largest expected value."""
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    assert actual.shape == expected.shape
+    assert np.abs(actual - expected).max() <= tolerance * np.abs(expected).max()
+
+
+# The reference: one row at a time, one head and one position at a time, in float64.
+
+
+def reference_norm(kind: str, x, scale):
+    if kind == "layernorm":
+        x = x - x.mean(-1, keepdims=True)
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * scale
+
+
+def reference_rotation(x_TxH, theta: float):
+    """Each pair (i, i + H/2) is a complex number that turns by theta^(-2i/H) a position."""
+    half = x_TxH.shape[1] // 2
+    turned = x_TxH[:, :half] + 1j * x_TxH[:, half:]
+    turned = turned * np.exp(1j * np.outer(np.arange(len(x_TxH)), theta ** (-2 * np.arange(half) / (2 * half))))
+    return np.concatenate([turned.real, turned.imag], axis=1)
+
+
+def reference_attention(cfg: Model, p, x_TxD):
+    out_TxD = np.zeros_like(x_TxD)
+    for n in range(cfg.num_heads):
+        group = n // (cfg.num_heads // cfg.kv_heads)
+        q, k, v = x_TxD @ p["q"][:, n], x_TxD @ p["k"][:, group], x_TxD @ p["v"][:, group]
+        if cfg.qk_norm:
+            q, k = (reference_norm("rmsnorm", x, p[f"{name}_norm"]["scale"]) for x, name in ((q, "q"), (k, "k")))
+        if cfg.positions == "rotary":
+            q, k = reference_rotation(q, cfg.rope_theta), reference_rotation(k, cfg.rope_theta)
+        for t in range(len(x_TxD)):
+            first = 0 if cfg.window is None else max(0, t + 1 - cfg.window)
+            weight = np.exp(k[first : t + 1] @ q[t] / np.sqrt(cfg.head_width))
+            out_TxD[t] += weight @ v[first : t + 1] / weight.sum() @ p["out"][n]
+    return out_TxD
+
+
+def reference_mlp(cfg: Model, p, x_TxD):
+    h_TxF = x_TxD @ p["up"]
+    if cfg.mlp == "swiglu":
+        gate_TxF = x_TxD @ p["gate"]
+        h_TxF = gate_TxF / (1 + np.exp(-gate_TxF)) * h_TxF
+    elif cfg.mlp == "gelu":
+        h_TxF = h_TxF / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (h_TxF + 0.044715 * h_TxF**3)))
+    else:
+        h_TxF = np.maximum(h_TxF, 0) ** 2
+    return h_TxF @ p["down"]
+
+
+def reference(cfg: Model, params, tokens_T) -> np.ndarray:
+    """Logits of one row, TxV."""
+    x_TxD = params["embed"][tokens_T] * np.sqrt(cfg.d_model)
+    position_T = np.arange(len(tokens_T))
+    if cfg.positions == "learned":
+        x_TxD = x_TxD + params["positions"][position_T]
+    elif cfg.positions == "sinusoidal":
+        half = cfg.d_model // 2
+        angle = np.outer(position_T, 1 / 10_000 ** (np.arange(half) / half))
+        x_TxD = x_TxD + np.concatenate([np.sin(angle), np.cos(angle)], axis=1)
+    for layer in range(cfg.num_layers):
+        p = jax.tree.map(lambda leaf, layer=layer: leaf[layer], params["blocks"])
+        norm1, norm2 = (functools.partial(reference_norm, cfg.norm, scale=p[f"norm{i}"]["scale"]) for i in (1, 2))
+        if cfg.norm_position == "pre":
+            x_TxD = x_TxD + reference_attention(cfg, p["attention"], norm1(x_TxD))
+            x_TxD = x_TxD + reference_mlp(cfg, p["mlp"], norm2(x_TxD))
+        else:
+            x_TxD = norm1(x_TxD + reference_attention(cfg, p["attention"], x_TxD))
+            x_TxD = norm2(x_TxD + reference_mlp(cfg, p["mlp"], x_TxD))
+    if cfg.norm_position == "pre":
+        x_TxD = reference_norm(cfg.norm, x_TxD, params["norm"]["scale"])
+    logits_TxV = x_TxD @ (params["embed"].T if cfg.tie_embeddings else params["head"])
+    return logits_TxV if cfg.logit_softcap is None else cfg.logit_softcap * np.tanh(logits_TxV / cfg.logit_softcap)
+
+
+def in_float64(params):
+    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+
+
+@every_variant
+def test_logits_equal_the_reference(cfg):
+    """The model is the equations of its papers; a wrong scale or a swapped half still trains, only worse."""
+    params, tokens_BxT = random_params(cfg), random_tokens()
+    logits_BxTxV = run(cfg, params, tokens_BxT)
+    assert logits_BxTxV.dtype == jnp.float32
+    assert_close(logits_BxTxV, np.stack([reference(cfg, in_float64(params), row) for row in tokens_BxT]))
+
+
+def cross_entropy(cfg, params, tokens_BxT, targets_BxT):
+    logp_BxTxV = jax.nn.log_softmax(apply(cfg, params, tokens_BxT))
+    return -jnp.take_along_axis(logp_BxTxV, targets_BxT[:, :, None], axis=-1).mean()
+
+
+gradient = jax.jit(jax.grad(cross_entropy, argnums=1), static_argnums=0)
+
+
+def reference_cross_entropy(cfg, params, tokens_BxT, targets_BxT) -> float:
+    losses = []
+    for tokens_T, targets_T in zip(tokens_BxT, targets_BxT, strict=True):
+        logits_TxV = reference(cfg, params, tokens_T)
+        losses.append(np.log(np.exp(logits_TxV).sum(-1)) - logits_TxV[np.arange(len(targets_T)), targets_T])
+    return float(np.mean(losses))
+
+
+@pytest.mark.parametrize("name", ["default", "llama", "gemma", "vaswani", "learned, window, scanned"])
+def test_gradients_equal_finite_differences(name):
+    """The float32 gradient against central differences of the float64 reference, each parameter along its own gradient and
+    along a random direction: the first catches a wrong length, the second what the gradient lacks."""
+    cfg = VARIANTS[name]
+    params, tokens_BxT, targets_BxT = random_params(cfg), random_tokens(0), random_tokens(1)
+    grads, exact = in_float64(gradient(cfg, params, tokens_BxT, targets_BxT)), in_float64(params)
+    rng = np.random.default_rng(2)
+    for path, grad in jax.tree_util.tree_leaves_with_path(grads):
+        norm = np.linalg.norm(grad)
+        assert norm > 0, path_name(path)
+        random = rng.normal(size=grad.shape)
+        for direction in (grad / norm, random / np.linalg.norm(random)):
+
+            def loss_at(step, direction=direction, path=path):
+                moved = jax.tree_util.tree_map_with_path(lambda q, x: x + step * direction if q == path else x, exact)
+                return reference_cross_entropy(cfg, moved, tokens_BxT, targets_BxT)
+
+            slope = (loss_at(1e-4) - loss_at(-1e-4)) / 2e-4  # off by O(1e-8) of the third derivative
+            assert abs(slope - np.sum(grad * direction)) <= 1e-5 * norm, path_name(path)
+
+
+@every_variant
+def test_every_layer_of_every_parameter_gets_a_gradient(cfg):
+    """A parameter that is created and never used, or cut off from the loss, trains to nothing unnoticed."""
+    grads = gradient(cfg, random_params(cfg), random_tokens(0), random_tokens(1))
+    for path, grad in jax.tree_util.tree_leaves_with_path(grads):
+        assert grad.dtype == jnp.float32
+        for layer in grad if "blocks" in path_name(path) else [grad]:
+            assert np.abs(layer).max() > 1e-6, path_name(path)
+
+
+def change_token(tokens_BxT: np.ndarray, t: int) -> np.ndarray:
+    changed_BxT = tokens_BxT.copy()
+    changed_BxT[:, t] = (changed_BxT[:, t] + 1) % VOCAB
+    return changed_BxT
+
+
+def changed_positions(cfg: Model, t: int) -> list[int]:
+    """Where the logits differ in any bit once token t differs, in every row."""
+    params, tokens_BxT = random_params(cfg), random_tokens()
+    before, after = run(cfg, params, tokens_BxT), run(cfg, params, change_token(tokens_BxT, t))
+    rows = np.asarray(before != after).any(-1)
+    np.testing.assert_array_equal(rows[0], rows[1])
+    return np.flatnonzero(rows[0]).tolist()
+
+
+@every_variant
+@pytest.mark.parametrize("t", [0, 4, T - 1])
+def test_a_token_moves_no_logits_before_it_and_all_that_see_it(cfg, t):
+    """A model that sees ahead reaches any loss. A token reaches num_layers * (window - 1) positions on, and no further."""
+    reach = T if cfg.window is None else cfg.num_layers * (cfg.window - 1)
+    assert changed_positions(cfg, t) == list(range(t, min(T, t + reach + 1)))
+
+
+@windowed
+def test_windows_are_short_enough_for_these_tests_to_see_their_end(cfg):
+    """Guards the test above: with a receptive field as long as the row it would say nothing about windows."""
+    assert cfg.num_layers * (cfg.window - 1) < T - 1
+
+
+SEGMENT_BxT = np.array([[1, 1, 1, 1, 2, 2, 2, 2, 2], [7, 3, 3, 4, 4, 4, 4, 0, 0]], np.int32)
+
+
+@every_variant
+def test_packed_documents_do_not_see_each_other(cfg):
+    """Changing one document in a packed row must not move another's logits by a bit (trl #3728 is the bug this guards)."""
+    params, tokens_BxT = random_params(cfg), random_tokens()
+    before = np.asarray(run(cfg, params, tokens_BxT, SEGMENT_BxT))
+    for number in np.unique(SEGMENT_BxT):
+        inside = SEGMENT_BxT == number
+        after = np.asarray(run(cfg, params, np.where(inside, (tokens_BxT + 1) % VOCAB, tokens_BxT), SEGMENT_BxT))
+        np.testing.assert_array_equal(before[~inside], after[~inside])
+        assert (before[inside] != after[inside]).any(-1).all()
+
+
+@every_variant
+def test_a_packed_document_reads_as_it_would_alone(cfg):
+    """Positions restart with the document, so that packing is bookkeeping and no part of the experiment."""
+    params, tokens_BxT = random_params(cfg), random_tokens()
+    packed_BxTxV = np.asarray(run(cfg, params, tokens_BxT, SEGMENT_BxT))
+    for row, number in [(0, 1), (0, 2), (1, 7), (1, 3), (1, 4)]:
+        document_T = tokens_BxT[row, SEGMENT_BxT[row] == number]
+        assert_close(packed_BxTxV[row, SEGMENT_BxT[row] == number], reference(cfg, in_float64(params), document_T))
+
+
+@pytest.mark.parametrize("name", ["default", "llama", "gemma", "vaswani"])
+def test_scanned_and_unrolled_layers_are_one_model(name):
+    """A checkpoint does not know which of the two trained it: same tree, same logits, same gradients."""
+    unrolled = VARIANTS[name]
+    scanned = replace(unrolled, scan_layers=True)
+    params, tokens_BxT, targets_BxT = random_params(unrolled), random_tokens(0), random_tokens(1)
+    shapes = [jax.eval_shape(functools.partial(init, cfg), jax.random.key(0)) for cfg in (unrolled, scanned)]
+    assert shapes[0] == shapes[1]
+    assert_close(run(scanned, params, tokens_BxT), run(unrolled, params, tokens_BxT), 1e-6)
+    expected = gradient(unrolled, params, tokens_BxT, targets_BxT)
+    jax.tree.map(
+        functools.partial(assert_close, tolerance=1e-5), gradient(scanned, params, tokens_BxT, targets_BxT), expected
+    )
+
+
+def decode(cfg: Model, params, tokens_BxT, chunks, cache: Cache):
+    """Logits of the whole row, read in chunks of the given lengths."""
+    logits, start = [], 0
+    for chunk in chunks:
+        assert int(cache.length) == start
+        step_BxCxV, cache = run(cfg, params, tokens_BxT[:, start : start + chunk], None, cache)
+        logits.append(step_BxCxV)
+        start += chunk
+    return np.concatenate(logits, axis=1)
+
+
+@every_variant
+def test_decoding_with_a_cache_equals_the_full_pass(cfg):
+    """What a model says must not depend on how its prompt was fed: token by token, or in chunks and then steps."""
+    params, tokens_BxT = random_params(cfg), random_tokens()
+    expected_BxTxV = run(cfg, params, tokens_BxT)
+    for chunks in [(1,) * T, (4, 4, 1), (4, 1, 1, 1, 1, 1)]:
+        assert_close(decode(cfg, params, tokens_BxT, chunks, init_cache(cfg, B, 12)), expected_BxTxV)
+
+
+@pytest.mark.parametrize("name", ["default", "gemma"])
+def test_what_lies_in_the_unfilled_cache_has_no_influence(name):
+    """A cache may be handed on from one prompt to the next with its length set back to 0, stale entries and all."""
+    cfg = VARIANTS[name]
+    params, tokens_BxT = random_params(cfg), random_tokens()
+    fresh = init_cache(cfg, B, 12)
+    stale = Cache(jnp.full_like(fresh.k_LxBxSxKxH, 1e4), jnp.full_like(fresh.v_LxBxSxKxH, -1e4), fresh.length)
+    chunks = (4, 4, 1)
+    np.testing.assert_array_equal(
+        decode(cfg, params, tokens_BxT, chunks, stale), decode(cfg, params, tokens_BxT, chunks, fresh)
+    )
+
+
+def test_cache_is_in_the_dtype_of_the_computation():
+    """A float32 cache under bfloat16 doubles the memory that bounds the batch of a rollout."""
+    cfg = replace(VARIANTS["llama"], dtype="bfloat16")
+    cache = init_cache(cfg, 3, 8)
+    assert cache.k_LxBxSxKxH.shape == cache.v_LxBxSxKxH.shape == (2, 3, 8, 2, 4)
+    assert cache.k_LxBxSxKxH.dtype == jnp.bfloat16
+    after = jax.eval_shape(functools.partial(apply, cfg), random_params(cfg), random_tokens(0, (3, 2)), None, cache)[1]
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), cache)
+
+
+def test_more_tokens_than_positions_are_refused():
+    """Out of range, JAX reads the last row of a table and writes over the end of a cache without a word."""
+    learned = VARIANTS["gpt2"]
+    too_long = random_tokens(0, (1, learned.max_context + 1))
+    with pytest.raises(BadInput, match="17 tokens exceed the learned positions; model.max_context=16"):
+        apply(learned, random_params(learned), too_long)
+    with pytest.raises(BadInput, match="cache of 17 exceeds the learned positions; model.max_context=16"):
+        init_cache(learned, 1, 17)
+    with pytest.raises(BadInput, match="17 tokens exceed the cache; it has 8 positions"):
+        apply(BASE, random_params(BASE), too_long, None, init_cache(BASE, 1, 8))
+    with pytest.raises(BadInput, match="no segments"):
+        apply(BASE, random_params(BASE), too_long[:, :4], np.ones((1, 4), np.int32), init_cache(BASE, 1, 8))
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_grouped_queries_are_multi_head_with_heads_repeated(kv_heads):
+    """Grouped-query attention saves cache and changes nothing else; one key/value head is multi-query attention."""
+    cfg = replace(BASE, num_kv_heads=kv_heads)
+    params = random_params(cfg)
+    attention = params["blocks"]["attention"]
+    repeated = {name: jnp.repeat(attention[name], BASE.num_heads // kv_heads, axis=2) for name in ("k", "v")}
+    multi_head = {**params, "blocks": {**params["blocks"], "attention": {**attention, **repeated}}}
+    tokens_BxT = random_tokens()
+    assert attention["k"].shape[2] == kv_heads
+    assert_close(run(cfg, params, tokens_BxT), run(BASE, multi_head, tokens_BxT))
+
+
+def test_softcap_bounds_the_logits():
+    """|logits| stay below the cap however large the weights; it is cap * tanh(logits / cap) of the model without one."""
+    cfg = VARIANTS["gemma"]
+    params = random_params(cfg)
+    params = {**params, "embed": 5 * params["embed"]}
+    capped, free = (run(c, params, random_tokens()) for c in (cfg, replace(cfg, logit_softcap=None)))
+    assert np.abs(free).max() > 10 * cfg.logit_softcap
+    assert np.abs(capped).max() <= cfg.logit_softcap
+    assert_close(capped, cfg.logit_softcap * np.tanh(np.asarray(free) / cfg.logit_softcap))
+
+
+@pytest.mark.parametrize("name", ["default", "llama", "vaswani"])
+def test_bfloat16_is_near_float32(name):
+    """Computing in bfloat16 changes the logits by its rounding and no more; parameters and logits remain float32.
+
+    Each rounding adds an independent relative error of at most 2^-8, uniform, so 2^-8 / sqrt(3) as a root mean square. A
+    signal passes about 25 of them a layer (weights, norms, projections, rotation, scores, sums): 55 in two layers give
+    sqrt(55) * 2^-8 / sqrt(3) = 1.7 %; twice that leaves room for branches that amplify.
+    """
+    cfg = VARIANTS[name]
+    half = replace(cfg, dtype="bfloat16")
+    params, tokens_BxT = random_params(cfg), random_tokens(0)
+    exact, rounded = run(cfg, params, tokens_BxT), run(half, params, tokens_BxT)
+    assert rounded.dtype == jnp.float32
+    error = np.sqrt(np.square(exact - rounded).mean() / np.square(exact).mean())
+    print(error)
+    assert 2**-10 < error < 0.034
+    assert jax.eval_shape(functools.partial(init, half), jax.random.key(0)) == jax.eval_shape(lambda: params)
+    grads = jax.eval_shape(functools.partial(gradient, half), params, tokens_BxT, tokens_BxT)
+    assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
+
+
+DROPPING = replace(BASE, dropout=0.25, vocab_size=BASE.d_model, tie_embeddings=False, num_heads=2)
+
+
+def test_dropout_is_off_without_a_key_and_drawn_from_the_key():
+    """An evaluation under dropout measures another model; a resumed step must draw the numbers it would have drawn."""
+    params, tokens_BxT = random_params(DROPPING), random_tokens() % DROPPING.vocab_size
+    plain = run(DROPPING, params, tokens_BxT)
+    np.testing.assert_array_equal(plain, run(replace(DROPPING, dropout=0.0), params, tokens_BxT))
+    first, again, other = (run(DROPPING, params, tokens_BxT, dropout_key=jax.random.key(seed)) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, other)
+    assert not np.array_equal(first, plain)
+
+
+def test_dropout_masks_differ_between_embedding_and_layers():
+    """One mask for all layers, which a scan without split keys gives, would drop whole channels of the residual stream.
+
+    With the identity as head, a logit is zero exactly where the residual stream is. Silencing both blocks shows the mask
+    of the embedding; silencing one shows the other's, at the channels that the embedding left empty.
+    """
+    params, tokens_BxT = random_params(DROPPING), random_tokens(3, (64, T)) % DROPPING.vocab_size
+    params = {**params, "head": jnp.eye(DROPPING.d_model)}
+
+    def empty(loud_layer):
+        silence = lambda p: p * (jnp.arange(2) == loud_layer).reshape(2, *[1] * (p.ndim - 1)).astype(p.dtype)  # noqa: E731
+        mlp = {**params["blocks"]["mlp"], "down": jnp.zeros_like(params["blocks"]["mlp"]["down"])}
+        attention = {**params["blocks"]["attention"], "out": silence(params["blocks"]["attention"]["out"])}
+        quiet = {**params, "blocks": {**params["blocks"], "mlp": mlp, "attention": attention}}
+        return np.asarray(run(DROPPING, quiet, tokens_BxT, dropout_key=jax.random.key(0)) == 0)
+
+    embedding, first, second = empty(None), empty(0), empty(1)
+    sigma = np.sqrt(0.25 * 0.75 / embedding.sum())
+    assert abs(embedding.mean() - 0.25) < 5 * sigma
+    assert abs(first[embedding].mean() - 0.25) < 5 * sigma
+    assert abs(second[embedding].mean() - 0.25) < 5 * sigma
+    both = (first & second)[embedding].mean()
+    assert abs(both - 0.25**2) < 5 * sigma  # independent, not one mask
+
+
+@pytest.mark.parametrize("branch", ["attention", "mlp"])
+def test_dropout_preserves_the_mean_of_each_branch(branch):
+    """What is kept is scaled by 1 / (1 - p), so that the deterministic pass is the average over masks."""
+    block, draws = jax.tree.map(lambda p: p[0], random_params(DROPPING)["blocks"]), 1000
+    last = ("mlp", "down") if branch == "attention" else ("attention", "out")
+    block[last[0]] = {**block[last[0]], last[1]: jnp.zeros_like(block[last[0]][last[1]])}
+    x_BxTxD = jnp.asarray(np.random.default_rng(0).normal(size=(1, 3, DROPPING.d_model)), jnp.float32)
+    positions_BxT = jnp.arange(3, dtype=jnp.int32)[None, :]
+
+    def added(train, key=None):
+        module = transformer.Block(DROPPING, train)
+        rngs = {"dropout": key} if train else {}
+        return module.apply({"params": block}, x_BxTxD, None, positions_BxT, None, jnp.int32(0), rngs=rngs)[0] - x_BxTxD
+
+    expected = np.asarray(added(False))
+    sampled = np.asarray(jax.jit(jax.vmap(lambda key: added(True, key)))(jax.random.split(jax.random.key(0), draws)))
+    error = np.abs(sampled.mean(0) - expected)
+    assert (sampled.std(0) > 0).all()
+    assert (error < 5 * np.abs(expected) * np.sqrt(0.25 / 0.75 / draws) + 1e-6).all()
+
+
+AXES = {
+    "vocab": "vocab_size",
+    "positions": "max_context",
+    "embed": "d_model",
+    "heads": "num_heads",
+    "kv": "kv_heads",
+} | {
+    "head": "head_width",
+    "mlp": "ff_width",
+    "layers": "num_layers",
+}
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma", "vaswani"])
+def test_logical_axes_name_every_dimension(name):
+    """A mesh shards by these names: a name too few or on the wrong dimension shards something else, or fails to compile."""
+    cfg = replace(
+        VARIANTS[name], vocab_size=19, d_model=20, num_layers=3, num_heads=4, d_ff=24, head_dim=6, max_context=17
+    )
+    shapes = jax.eval_shape(functools.partial(init, cfg), jax.random.key(0))
+    axes = logical_axes(cfg)
+    assert jax.tree.structure(axes, is_leaf=lambda x: isinstance(x, PartitionSpec)) == jax.tree.structure(shapes)
+
+    def check(path, leaf, spec):
+        assert leaf.shape == tuple(getattr(cfg, AXES[name]) for name in spec), path_name(path)
+        assert (spec[0] == "layers") == (path_name(path).split("/")[0] == "blocks")
+
+    jax.tree_util.tree_map_with_path(check, shapes, axes)
+
+
+INITIAL = Model(vocab_size=50, num_layers=2, d_model=64, num_heads=4, positions="learned", max_context=40, mlp="swiglu")
+initialise = jax.jit(init, static_argnums=0)
+
+
+def test_init_is_deterministic_and_every_draw_its_own():
+    """Same config and seed, same bits; layers that start alike would stay alike in part."""
+    params, again, other = (initialise(INITIAL, jax.random.key(seed)) for seed in (0, 0, 1))
+    jax.tree.map(np.testing.assert_array_equal, params, again)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        assert leaf.dtype == jnp.float32
+        if path_name(path).endswith("scale"):
+            np.testing.assert_array_equal(leaf, jnp.ones_like(leaf))
+        elif path_name(path).endswith(("out", "down")):
+            np.testing.assert_array_equal(leaf, jnp.zeros_like(leaf))
+        else:
+            std = INITIAL.d_model**-0.5
+            assert abs(np.std(leaf) - std) < 5 * std / np.sqrt(2 * leaf.size), path_name(path)
+            assert not np.array_equal(leaf, functools.reduce(lambda tree, key: tree[key.key], path, other))
+            if "blocks" in path_name(path):
+                assert not np.array_equal(leaf[0], leaf[1])
+    drawn = [leaf.ravel()[:8] for leaf in jax.tree.leaves(params) if np.ptp(leaf) > 0]
+    assert len({x.tobytes() for x in map(np.asarray, drawn)}) == len(drawn)
+
+
+def test_every_block_starts_as_the_identity():
+    """Zero output projections: at init the depth of a model, one axis of every sweep, does not touch its first loss."""
+    tokens_BxT = random_tokens()
+    shallow, deep = (
+        run(cfg, initialise(cfg, jax.random.key(0)), tokens_BxT)
+        for cfg in (replace(BASE, num_layers=num_layers, scan_layers=True) for num_layers in (1, 5))
+    )
+    np.testing.assert_array_equal(shallow, deep)
+    assert np.std(shallow) > 0.1
+
+
+def test_jit_vmap_and_pmap_change_nothing():
+    """The model is a pure function: compiled, over several parameter sets at once, or over devices, it says the same."""
+    if jax.device_count() < 4:
+        pytest.skip(f"needs four devices, there are {jax.device_count()}; tests/conftest.py simulates them on a CPU")
+    cfg = VARIANTS["default"]
+    sets = [random_params(cfg, seed) for seed in range(3)]
+    tokens_4xBxT = random_tokens(5, (4, B, T))
+    expected = [run(cfg, sets[0], tokens_BxT) for tokens_BxT in tokens_4xBxT]
+    assert_close(apply(cfg, sets[0], tokens_4xBxT[0]), expected[0], 1e-6)
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *sets)
+    several = jax.jit(jax.vmap(functools.partial(apply, cfg), in_axes=(0, None)))(stacked, tokens_4xBxT[0])
+    assert_close(several, np.stack([run(cfg, params, tokens_4xBxT[0]) for params in sets]), 2e-6)
+    spread = jax.pmap(functools.partial(apply, cfg), in_axes=(None, 0))(sets[0], tokens_4xBxT)
+    assert len(spread.sharding.device_set) == 4
+    assert_close(spread, np.stack(expected), 1e-6)
