@@ -97,9 +97,15 @@ class Model:
                 f"model.num_kv_heads={self.kv_heads} does not divide model.num_heads={self.num_heads}; nearest that does: {fits}"
             )
         if self.positions == "rotary":
-            _require(self.head_width % 2 == 0, f"rotary positions need an even head_dim, got {self.head_width}; try {self.head_width + 1}")
+            _require(
+                self.head_width % 2 == 0,
+                f"rotary positions need an even head_dim, got {self.head_width}; try {self.head_width + 1}",
+            )
         if self.positions == "sinusoidal":
-            _require(self.d_model % 2 == 0, f"sinusoidal positions need an even model.d_model, got {self.d_model}; try {self.d_model + 1}")
+            _require(
+                self.d_model % 2 == 0,
+                f"sinusoidal positions need an even model.d_model, got {self.d_model}; try {self.d_model + 1}",
+            )
         _require(0 <= self.dropout < 1, f"model.dropout must lie in [0, 1), got {self.dropout}")
 
     @property
@@ -123,7 +129,14 @@ class Model:
         head_norms = 2 * self.num_layers * self.head_width if self.qk_norm else 0
         tables = self.max_context * self.d_model if self.positions == "learned" else 0
         head = 0 if self.tie_embeddings else self.vocab_size * self.d_model
-        return self.num_params_matrices + norms * self.d_model + head_norms + tables + head + self.vocab_size * self.d_model
+        return (
+            self.num_params_matrices
+            + norms * self.d_model
+            + head_norms
+            + tables
+            + head
+            + self.vocab_size * self.d_model
+        )
 
     @property
     def num_params_matrices(self) -> int:
@@ -182,8 +195,14 @@ class Data:
         valid = {name.split(":")[0] for name in SOURCES}
         if kind not in valid or (kind == "tfds") != (":" in self.source):
             raise BadInput(f'data.source "{self.source}" is no source{did_you_mean(self.source, SOURCES)}')
-        _require(self.source != "files" or bool(self.files), "data.source=files needs data.files, for instance 'corpus/*.jsonl.xz'")
-        _require(self.source == "files" or not self.files, f"data.files is only read by data.source=files, not by {self.source}")
+        _require(
+            self.source != "files" or bool(self.files),
+            "data.source=files needs data.files, for instance 'corpus/*.jsonl.xz'",
+        )
+        _require(
+            self.source == "files" or not self.files,
+            f"data.files is only read by data.source=files, not by {self.source}",
+        )
         _require(self.context >= 2, f"data.context must be at least 2, got {self.context}")
         _require(0 < self.val_fraction < 1, f"data.val_fraction must lie in (0, 1), got {self.val_fraction}")
         _require(
@@ -227,10 +246,21 @@ class Train:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "tokens_per_step", "peak_lr", "grad_accumulation", "steps_per_call", "checkpoint_every", "clip_norm"):
+        for name in (
+            "tokens",
+            "tokens_per_step",
+            "peak_lr",
+            "grad_accumulation",
+            "steps_per_call",
+            "checkpoint_every",
+            "clip_norm",
+        ):
             value = getattr(self, name)
             _require(value == RULE or value > 0, f"train.{name} must be positive, got {value}")
-        _require(self.warmup_steps == RULE or self.warmup_steps >= 0, f"train.warmup_steps must not be negative, got {self.warmup_steps}")
+        _require(
+            self.warmup_steps == RULE or self.warmup_steps >= 0,
+            f"train.warmup_steps must not be negative, got {self.warmup_steps}",
+        )
         _require(0 < self.decay_fraction <= 1, f"train.decay_fraction must lie in (0, 1], got {self.decay_fraction}")
         _require(0 <= self.final_lr <= 1, f"train.final_lr is a share of the peak in [0, 1], got {self.final_lr}")
 
@@ -245,7 +275,10 @@ class Config:
 
     def __post_init__(self) -> None:
         if self.data.tokenizer == "bytes":
-            _require(self.model.vocab_size >= 256, f"the tokenizer bytes needs model.vocab_size >= 256, got {self.model.vocab_size}")
+            _require(
+                self.model.vocab_size >= 256,
+                f"the tokenizer bytes needs model.vocab_size >= 256, got {self.model.vocab_size}",
+            )
         if self.model.positions == "learned":
             _require(
                 self.data.context <= self.model.max_context,

@@ -1,8 +1,8 @@
 """How the figures of a report look: style, colours, marks, axes, and a Plot as SVG, PNG and CSV.
 
-Panels are 3.4 inches wide, the column of a two-column paper; figures with two panels are 7. Colours are perceptually even
-and safe for colour-blind readers: viridis for budgets, plasma for N, cividis for D. Matplotlib is imported inside functions,
-so that importing this module costs nothing.
+Panels are 3.4 inches wide, the column of a two-column paper; figures with two panels are 7. Colours are perceptually
+even and safe for colour-blind readers: viridis for budgets, plasma for N, cividis for D. Matplotlib is imported inside
+functions, so that importing this module costs nothing.
 """
 
 from __future__ import annotations
@@ -19,15 +19,14 @@ import numpy as np
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 Row = dict[str, Any]
 
 FORECAST, TRUTH, LAW, NEUTRAL = "#d55e00", "#0072b2", "#222222", "#888888"
-"""Vermilion and blue of Okabe and Ito (2008), which stand out from viridis; near-black; grey for legends of coloured things."""
+"""Vermilion and blue of Okabe and Ito (2008), which stand out from viridis; near-black; grey for keys."""
 DASHED, DOTTED, TIGHT = (0, (5, 2)), (0, (1, 1.2)), (0, (2, 1.5))
-STYLE = {
+STYLE: Any = {
     "font.family": "STIXGeneral",  # ships with matplotlib, so a figure is the same on every machine
     "mathtext.fontset": "stix",
     "font.size": 9,
@@ -132,12 +131,27 @@ def color_bar(figure: Figure, axes: Axes, scale: Any, label: str) -> None:
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     bar = figure.colorbar(scale, ax=axes, pad=0.02, aspect=28)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     bar.ax.yaxis.set_major_locator(FixedLocator(log_ticks(*scale.get_clim())))
     bar.ax.yaxis.set_minor_locator(NullLocator())
     bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: eng(value)))
     bar.ax.tick_params(length=2, labelsize=8)
     bar.set_label(label)
+
+
+def budget_bar(figure: Figure, axes: Axes, color: Mapping[float, Any]) -> None:
+    """The key of the budgets: a step of colour each."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import BoundaryNorm, ListedColormap
+
+    edges = [i - 0.5 for i in range(len(color) + 1)]
+    scale = ScalarMappable(BoundaryNorm(edges, len(color)), ListedColormap(list(color.values())))
+    bar = figure.colorbar(scale, ax=axes, pad=0.02, aspect=28, ticks=range(len(color)))
+    bar.outline.set_visible(False)
+    bar.ax.set_yticklabels([power(budget) for budget in color])
+    bar.ax.tick_params(length=0, labelsize=8)
+    bar.ax.minorticks_off()
+    bar.set_label("budget $C = 6ND$ (FLOPs)")
 
 
 # Axes
@@ -161,14 +175,17 @@ def log_ticks(low: float, high: float) -> list[float]:
     every = max(1, math.ceil(decades / 7))
     exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     places = [m * 10.0**e for e in exponents if e % every == 0 for m in mantissas]
-    return [t for t in places if low * (1 - 1e-9) <= t <= high * (1 + 1e-9)]
+    ticks = [t for t in places if low * (1 - 1e-9) <= t <= high * (1 + 1e-9)]
+    if len(ticks) < 2:  # a single trial: no round place is near
+        ticks = sorted({float(f"{low * (high / low) ** share:.3g}") for share in (0.2, 0.8)})
+    return ticks
 
 
-def set_log_axis(axis: Axis, values: Iterable[float], text: Callable[[float], str], pad: float = 0.05) -> None:
+def set_log_axis(axis: Any, values: Iterable[float], text: Callable[[float], str], pad: float = 0.05) -> None:
     """A logarithmic axis over the values and a margin, labelled at round places alone."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 
-    values = list(values)
+    values = [v for v in values if 0 < v < math.inf]
     low, high = min(values), max(values)
     margin = max((high / low) ** pad, 1.06)
     low, high = low / margin, high * margin
@@ -199,8 +216,8 @@ def set_loss_axis(axes: Axes, values: Iterable[float]) -> None:
 
 
 def legend(figure: Figure, entries: Mapping[str, Any], columns: int) -> None:
-    """Above the panels, where it can hide nothing."""
-    if entries:
+    """Above the panels, where it can hide nothing; for one kind of mark the caption will do."""
+    if len(entries) > 1:
         figure.legend(list(entries.values()), list(entries), loc="outside upper center", ncols=columns)
 
 
@@ -228,18 +245,19 @@ def key_diamond() -> Any:
 
 
 def key_minimum(hollow: bool = False) -> Any:
-    return key("black", "v", 5, face="white" if hollow else "#bbbbbb")
+    return key("black", "v", 4.5, face="white" if hollow else "#bbbbbb")
 
 
 def whisker(axes: Axes, x: float, y: float, *, xs: Any = None, ys: Any = None, color: Any, z: float) -> None:
     """A bar at the point (x, y) between two places, xs or ys = (low, high), whichever side of the point they lie.
 
-    An infinite end, which only N and D on their logarithmic axes can have, runs out of the panel.
+    An end at infinity or zero, which N and D on their logarithmic axes can have, runs out of the panel.
     """
     ends, at = (xs, x) if xs else (ys, y)
     if ends is None or any(e is None or math.isnan(e) for e in ends):
         return
-    low, high = (e if math.isfinite(e) else at * 1e9 ** math.copysign(1, e) for e in ends)
+    low = ends[0] if math.isfinite(ends[0]) and ends[0] else at / 1e9
+    high = ends[1] if math.isfinite(ends[1]) else at * 1e9
     cap = {"fmt": "none", "ecolor": color, "elinewidth": 0.8, "capsize": 1.8, "capthick": 0.8, "zorder": z}
     if xs:
         axes.errorbar([(low + high) / 2], [y], xerr=(high - low) / 2, **cap)
@@ -249,9 +267,9 @@ def whisker(axes: Axes, x: float, y: float, *, xs: Any = None, ys: Any = None, c
 
 def dots(axes: Axes, x: Any, y: np.ndarray, error: np.ndarray, colors: Iterable[Any]) -> None:
     """Measurements with their standard errors."""
-    colors, error = list(colors), np.nan_to_num(error)
-    axes.errorbar(x, y, yerr=error, fmt="none", ecolor=colors, elinewidth=0.8, zorder=2.9)
-    axes.scatter(x, y, s=14, c=colors, edgecolors="white", linewidths=0.35, zorder=3)
+    each: Any = list(colors)
+    axes.errorbar(x, y, yerr=np.nan_to_num(error), fmt="none", ecolor=each, elinewidth=0.8, zorder=2.9)
+    axes.scatter(x, y, s=14, c=each, edgecolors="white", linewidths=0.35, zorder=3)
 
 
 def star(axes: Axes, x: float, y: float) -> None:
@@ -262,8 +280,14 @@ def diamond(axes: Axes, x: float, y: float) -> None:
     axes.scatter([x], [y], s=11, marker="D", c="black", linewidths=0, zorder=8)
 
 
-def triangle(axes: Axes, x: float, y: float, color: Any) -> None:
-    axes.scatter([x], [y], s=30, marker="v", c=[color], edgecolors="black", linewidths=0.7, zorder=4.5)
+def pointer(axes: Axes, x: float, y: float, color: Any) -> None:
+    """A triangle that stands on its tip at (x, y), so that it hides no measurement there."""
+    shape = [(0, 0.35), (-0.55, 1.35), (0.55, 1.35), (0, 0.35)]
+    axes.scatter([x], [y], s=130, marker=shape, c=[color], edgecolors="black", linewidths=0.7, zorder=4.5)  # type: ignore[arg-type]
+
+
+def ring(axes: Axes, x: float, y: float, color: Any) -> None:
+    axes.scatter([x], [y], s=22, marker="o", c=[color], edgecolors="black", linewidths=0.7, zorder=4.5)
 
 
 def band(axes: Axes, x: np.ndarray, y: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
@@ -275,8 +299,10 @@ def band(axes: Axes, x: np.ndarray, y: np.ndarray, low: np.ndarray, high: np.nda
 
 
 def svg(plot: Plot) -> str:
-    """The figure as an SVG document: the same bytes for the same numbers. Every id begins with the figure's name, so that
-    several figures can stand in one page; matplotlib names glyphs and axes alike in all of them."""
+    """The figure as an SVG document, the same bytes for the same numbers.
+
+    Every id begins with the figure's name, so that several can stand in one page: matplotlib names glyphs alike in all.
+    """
     import matplotlib
 
     buffer = io.StringIO()

@@ -62,7 +62,7 @@ def style() -> Any:
 
 
 def predictor(fit: Row | None) -> Predict | None:
-    """The fitted law as a function, read from its own formula: "L = E + A / N^alpha + B / D^beta" and values for the letters.
+    """The fitted law as a function, read from its formula, as in "L = E + A / N^alpha + B / D^beta".
 
     None where there is no fit, or the formula asks for more than N, D and the parameters.
     """
@@ -141,7 +141,8 @@ def isoflop(trials: Sequence[Row], minima: Sequence[Row], told: Sequence[Row], p
     color = shades([t["budget"] for t in done] + [m["budget"] for m in minima])
     figure, (axes,) = drawing.new_figure(height=3.6)
     draw_trials(axes, done, "N_params", [color[t["budget"]] for t in done])
-    rows, entries = trial_rows(done), {f"$C$ = {power(b)}": key(color[b], "o") for b in color}
+    drawing.budget_bar(figure, axes, color)
+    rows, entries = trial_rows(done), {"trials": key(NEUTRAL, "o")}
     sizes, losses = [*column(done, "N_params"), *(r["N"] for r in told)], heights(done, told)
     edges: list[Row] = []
     for m in minima:
@@ -166,12 +167,12 @@ def isoflop(trials: Sequence[Row], minima: Sequence[Row], told: Sequence[Row], p
             edges.append(m)
             at = min(measured) if m.get("edge") == "low" else max(measured)
             best = float(np.polyval(m["coefficients"], np.log(at)))
-            drawing.triangle(axes, at, best, "white")
+            drawing.pointer(axes, at, best, "white")
             entries["minimum at the grid's edge"] = key_minimum(hollow=True)
         else:
             at, best = m["N_opt"], m["loss_opt"]
-            drawing.whisker(axes, at, best, xs=(low, high), color="black", z=4)
-            drawing.triangle(axes, at, best, color[m["budget"]])
+            drawing.whisker(axes, at, best, xs=(low, high), color="black", z=2.5)
+            drawing.pointer(axes, at, best, color[m["budget"]])
             entries["minimum, with interval"] = key_minimum()
         sizes.append(at)
         losses.append(best)
@@ -182,11 +183,11 @@ def isoflop(trials: Sequence[Row], minima: Sequence[Row], told: Sequence[Row], p
         loss = predict(n, target["C"] / (6 * n))
         rows += series("law at the target", budget=target["C"], N=n, loss=loss)
         axes.plot(n, loss, color=FORECAST, linestyle=TIGHT, linewidth=0.9, zorder=1.9)
-        entries[f"law at {power(target['C'])}"] = key_line(FORECAST, TIGHT)
+        entries[f"law at $C$ = {power(target['C'])}"] = key_line(FORECAST, TIGHT)
     drawing.set_log_axis(axes.xaxis, sizes, eng)
     drawing.set_loss_axis(axes, losses)
     axes.set(xlabel=N_LABEL, ylabel=LOSS_LABEL)
-    drawing.legend(figure, entries, 3)
+    drawing.legend(figure, entries, 2)
     caption = "Final loss against total parameters N (tied embedding counted once), one colour a budget C = 6ND (FLOPs)"
     caption += ", with the standard error of each evaluation"
     caption += "; a triangle marks where the parabola in ln N puts the best size." if minima else "."
@@ -221,6 +222,10 @@ def frontier(trials: Sequence[Row], bands: Row | None, told: Sequence[Row]) -> P
     caption = "Final loss of every trial against its training compute C = 6ND, in the colours of the budgets"
     caption += "; the line is the least loss that the fitted law promises for C." if bands else "."
     if len(told) == 2:
+        left, right = np.log(axes.get_xlim())
+        near = [t["loss"] for t in done if np.log(t["C_flops"]) > left + 0.3 * (right - left)]
+        bottom, top = axes.get_ylim()  # room for the inset above whatever stands below it
+        axes.set_ylim(bottom, max([top, *(bottom + (loss - bottom) / 0.55 for loss in near)]))
         zoom(axes, *told)
         caption += " The inset magnifies the forecast and the measurement."
     return Plot("frontier", "Loss against compute", caption, figure, rows + list(told))
@@ -246,6 +251,8 @@ def zoom(axes: Any, forecast: Row, measured: Row) -> None:
     inset.xaxis.set_major_locator(MaxNLocator(3))
     inset.tick_params(labelsize=7.5, length=2, pad=2)
     inset.tick_params(axis="y", length=0)
+    for label in (*inset.get_xticklabels(), *inset.get_yticklabels()):
+        label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.6})
     inset.grid(False)
     inset.spines["left"].set_visible(False)
 
@@ -263,10 +270,10 @@ def law_panels(
         entries["fitted law"] = key_line(NEUTRAL)
     losses = heights(done, told)
     floor = min(losses) - 0.75 * (max(losses) - min(losses))  # a level further down would squeeze the data
-    caption = "Left: final loss against total parameters N (tied embedding counted once), in the colours of training tokens D;"
+    caption = "Left: final loss against total parameters N (tied embedding counted once), in the colours of tokens D;"
     caption += " right: the reverse." + (" Lines are the fitted law at one D, and at one N." if predict else "")
     for name, value, interval, color, dash in levels(fit, entropy):
-        low, high = interval or (None, None)
+        low, high = interval or (None, None)  # type: Any, Any
         rows += series(name, loss=value, loss_low=low, loss_high=high)
         if value < floor:
             caption += f" Below the view: {name}, {value:.4g}."
@@ -275,7 +282,7 @@ def law_panels(
             axes.axhline(value, color=color, linestyle=dash, linewidth=1.0, zorder=1.5)
             if interval:
                 axes.axhspan(low, high, color=color, alpha=0.1, linewidth=0, zorder=0.5)
-        entries[name] = key_line(color, dash)
+        entries[name.replace(" E", " $E$")] = key_line(color, dash)
         losses += [value, *(max(v, floor) for v in interval or ())]
     letters = {"N": ("N_params", N_LABEL, "parameters $N$", "plasma"), "D": ("D_tokens", D_LABEL, D_LABEL, "cividis")}
     for axes, x, by in zip(panels, "ND", "DN", strict=True):
@@ -293,14 +300,16 @@ def law_panels(
         draw_outcome(axes, told, x, entries)
         drawing.set_log_axis(axes.xaxis, span, eng)
         drawing.set_loss_axis(axes, losses)
-        axes.set(xlabel=x_label, ylabel=LOSS_LABEL)
+        axes.set(xlabel=x_label)
         drawing.color_bar(figure, axes, scale, by_label)
+    panels[0].set_ylabel(LOSS_LABEL)
+    panels[1].tick_params(labelleft=False)
     drawing.legend(figure, entries, 6)
     return Plot("law", "Loss against parameters and tokens", caption, figure, rows + list(told), wide=True)
 
 
 def levels(fit: Row | None, entropy: float | None) -> list[tuple[str, float, Any, Any, Any]]:
-    """(name, loss, interval, colour, dash) of what no model can beat: as fitted, unless unbounded, and as it truly is."""
+    """(name, loss, interval, colour, dash) of what no model beats: as fitted, unless unbounded, and as it truly is."""
     found: list[tuple[str, float, Any, Any, Any]] = []
     fitted = fit["parameters"].get("E") if fit else None
     if fitted and not fitted.get("unbounded"):
@@ -319,7 +328,9 @@ def optimum(bands: Row | None, minima: Sequence[Row], told: Sequence[Row]) -> Pl
     color = shades(m["budget"] for m in minima)
     rows: list[Row] = []
     entries: dict[str, Any] = {}
-    for axes, x, label in zip(panels, "ND", ("optimal parameters $N^*$ (total)", "optimal tokens $D^*$"), strict=True):
+    for axes, x, label in zip(
+        panels, "ND", ("optimal parameters $N$* (total)", "optimal training tokens $D$*"), strict=True
+    ):
         names = {k: f"{x}_{k}" for k in ("low", "high")}
         compute, values = [r["C"] for r in told[:1]], [r[x] for r in told[:1]]
         if bands:
@@ -328,7 +339,7 @@ def optimum(bands: Row | None, minima: Sequence[Row], told: Sequence[Row]) -> Pl
             drawing.band(axes, c, best, low, high)
             entries["fitted law, with band"] = key_line(LAW)
             compute += [c.min(), c.max()]
-            values += [best.min(), best.max()]
+            values += [low.min(), high.max()]
         for m in inside:
             c, at = m["budget"], m[f"{x}_opt"]
             ends = m.get("N_opt_interval") or (None, None)
@@ -336,8 +347,8 @@ def optimum(bands: Row | None, minima: Sequence[Row], told: Sequence[Row]) -> Pl
                 ends = tuple(c / (6 * n) if n else None for n in reversed(ends))
             rows += series(f"isoFLOP minimum {x}*", **{"C": c, x: at, names["low"]: ends[0], names["high"]: ends[1]})
             drawing.whisker(axes, c, at, ys=ends, color="black", z=4)
-            drawing.triangle(axes, c, at, color[c])
-            entries["isoFLOP minimum, with interval"] = key_minimum()
+            drawing.ring(axes, c, at, color[c])
+            entries["isoFLOP minimum, with interval"] = key("black", "o", 4.5, face="#bbbbbb")
             compute.append(c)
             values += [at, *filter(is_number, ends)]
         for target in told[:1]:
@@ -383,7 +394,9 @@ def learning_curves(trials: Sequence[Row], curves: Mapping[str, Mapping[str, Seq
         curve, color = curves[name], scale.to_rgba(size)
         tokens, loss = np.asarray(curve["tokens"], np.float64), np.asarray(curve["loss"], np.float64)
         rows += series("training", id=name, N=size, tokens=tokens, loss=loss)
-        drawn = np.isfinite(loss) & (tokens > 0)
+        drawn = np.isfinite(loss) & (
+            tokens >= 0.01 * tokens.max()
+        )  # before that it falls from ln V, and dwarfs the rest
         if drawn.any():
             x, y = binned(tokens[drawn], loss[drawn])
             axes.plot(x, y, color=color, linewidth=0.8)
@@ -401,7 +414,9 @@ def learning_curves(trials: Sequence[Row], curves: Mapping[str, Mapping[str, Seq
     drawing.set_loss_axis(axes, losses)
     axes.set(xlabel="tokens seen", ylabel="training " + LOSS_LABEL)
     drawing.color_bar(figure, axes, scale, "parameters $N$ (total)")
-    caption = "Training loss as tokens are seen, one line a trial, in the colours of total parameters N"
+    caption = (
+        "Training loss from 1 % of the tokens of each trial on, one line a trial, in the colours of total parameters N"
+    )
     caption += "; smoothed: means over 160 equal steps of log tokens." if raw > len(seen) else "; not smoothed."
     caption += " Dots are evaluations on the held-out set." if any(curves[n].get("eval_tokens") for n in sizes) else ""
     return Plot("curves", "Learning curves", caption, figure, rows)

@@ -58,7 +58,10 @@ class Prepared:
         """Random-access sources of {"tokens": uint16 or int32 [row_tokens + 1], "document": int64}, one a part."""
         from llm_jax.data import rows
 
-        return [rows.read(self.folder / "rows", part) for part in (("validation",) if split == "validation" else self.train_parts)]
+        return [
+            rows.read(self.folder / "rows", part)
+            for part in (("validation",) if split == "validation" else self.train_parts)
+        ]
 
 
 class Survey:
@@ -145,7 +148,8 @@ def _write(cfg: Config, documents: Callable, survey: Survey, folder: Path, key: 
     train, held_out = _split(documents, survey, cfg.data.val_fraction)
     bounds = _part_bounds(survey)
     parts = {"validation": held_out} | {
-        f"train-{k:04d}-of-{len(bounds) - 1:04d}": _slice(train, bounds[k], bounds[k + 1]) for k in range(len(bounds) - 1)
+        f"train-{k:04d}-of-{len(bounds) - 1:04d}": _slice(train, bounds[k], bounds[k + 1])
+        for k in range(len(bounds) - 1)
     }
     counts = {}
     for part, texts in parts.items():
@@ -175,7 +179,9 @@ def _write(cfg: Config, documents: Callable, survey: Survey, folder: Path, key: 
         row_tokens=row_tokens,
         train_parts=tuple(part for part, count in counts.items() if part != "validation" and count["tokens"]),
         **totals,
-        entropy=synthetic.entropy_rate(cfg.data.synthetic) if cfg.data.source == "synthetic" and kind == "bytes" else None,
+        entropy=synthetic.entropy_rate(cfg.data.synthetic)
+        if cfg.data.source == "synthetic" and kind == "bytes"
+        else None,
         checksums={
             str(path.relative_to(base)): hashlib.sha256(path.read_bytes()).hexdigest()
             for path in sorted(base.rglob("*.array_record*"))
@@ -267,7 +273,9 @@ def _batched(texts: Iterable[str], size: int) -> Iterator[list[str]]:
         yield batch
 
 
-def _counted(documents: Iterable[tuple[str, str]], what: str, total: int, progress: Callable) -> Iterator[tuple[str, str]]:
+def _counted(
+    documents: Iterable[tuple[str, str]], what: str, total: int, progress: Callable
+) -> Iterator[tuple[str, str]]:
     done = 0
     for name, text in documents:
         done += len(text)

@@ -96,7 +96,9 @@ def _open(path: Path, compression: str) -> io.TextIOBase:
     if compression == ".zst":
         import zstandard
 
-        return io.TextIOWrapper(zstandard.ZstdDecompressor().stream_reader(open(path, "rb"), closefd=True), "utf-8", "replace")
+        return io.TextIOWrapper(
+            zstandard.ZstdDecompressor().stream_reader(open(path, "rb"), closefd=True), "utf-8", "replace"
+        )
     opener: Callable[..., Any] = {"": open, ".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}[compression]
     return opener(path, "rt", encoding="utf-8", errors="replace")
 
@@ -115,8 +117,12 @@ def _read(path: Path, text_field: str) -> Documents:
             except ValueError as error:
                 raise BadInput(f"{path}:{number}: not a JSON object ({error})") from None
             if not isinstance(value, dict) or not isinstance(value.get(text_field), str):
-                known = [name for name, item in value.items() if isinstance(item, str)] if isinstance(value, dict) else []
-                raise BadInput(f'{path}:{number}: no text in the field "{text_field}"{did_you_mean(text_field, known)} (data.text_field)')
+                known = (
+                    [name for name, item in value.items() if isinstance(item, str)] if isinstance(value, dict) else []
+                )
+                raise BadInput(
+                    f'{path}:{number}: no text in the field "{text_field}"{did_you_mean(text_field, known)} (data.text_field)'
+                )
             yield f"{path}:{number}", value[text_field]
 
 
@@ -138,12 +144,16 @@ def _registered(cfg: Data) -> Source:
         raise BadInput(f'data.source: TFDS registers no "{base}"{did_you_mean(base, tfds.list_builders())}')
     if base in NEEDS_TENSORFLOW + NEEDS_BEAM:
         need = "TensorFlow" if base in NEEDS_TENSORFLOW else "Apache Beam"
-        raise BadInput(f"data.source: the builder of tfds:{base} needs {need}, which is no dependency of llm_jax; export it to .jsonl and use files")
+        raise BadInput(
+            f"data.source: the builder of tfds:{base} needs {need}, which is no dependency of llm_jax; export it to .jsonl and use files"
+        )
     builder = tfds.builder(name, file_format="array_record")
     features = builder.info.features
     texts = [key for key, feature in features.items() if isinstance(feature, tfds.features.Text)]
     if cfg.text_field not in features:
-        raise BadInput(f'data.text_field "{cfg.text_field}" is no field of tfds:{name}{did_you_mean(cfg.text_field, texts)}')
+        raise BadInput(
+            f'data.text_field "{cfg.text_field}" is no field of tfds:{name}{did_you_mean(cfg.text_field, texts)}'
+        )
 
     def documents() -> Documents:
         builder.download_and_prepare()

@@ -65,7 +65,9 @@ def documents(cfg: Synthetic) -> Iterator[tuple[str, str]]:
         keys = np.searchsorted(cumulative, draw.random(lengths.sum()), side="right")
         noisy = draw.random((len(keys), ANSWER_LETTERS)) < cfg.noise
         letters = np.where(noisy, draw.integers(0, LETTERS, noisy.shape), answers[keys]) + ord("A")
-        lines = np.concatenate([key_letters[keys], letters, np.full((len(keys), 1), ord("\n"))], axis=1).astype(np.uint8)
+        lines = np.concatenate([key_letters[keys], letters, np.full((len(keys), 1), ord("\n"))], axis=1).astype(
+            np.uint8
+        )
         ends = np.cumsum(lengths)
         for i in range(min(_BLOCK, cfg.documents - first)):
             yield f"{first + i}", lines[ends[i] - lengths[i] : ends[i]].tobytes()[:-1].decode()

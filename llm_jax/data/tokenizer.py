@@ -121,7 +121,10 @@ def train(kind: Literal["bpe", "unigram"], vocab_size: int, documents: Iterable[
             num_threads=2,
             minloglevel=2,
         )
-    except (RuntimeError, OSError) as error:  # "INTERNAL: file(line) [condition] Reason, often with the nearest size that fits."
+    except (
+        RuntimeError,
+        OSError,
+    ) as error:  # "INTERNAL: file(line) [condition] Reason, often with the nearest size that fits."
         reason = str(error).strip().splitlines()[-1].rsplit("] ", 1)[-1]
         raise BadInput(f"SentencePiece cannot learn model.vocab_size={vocab_size} {kind} pieces: {reason}") from error
     return SentencePiece(model.getvalue())

@@ -18,7 +18,8 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int | None = 1):
         self._manager = ocp.CheckpointManager(
-            folder.absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
+            folder.absolute(),
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True),
         )
 
     def steps(self) -> list[int]:

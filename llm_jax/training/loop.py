@@ -99,7 +99,11 @@ def train(
         document_mask=cfg.data.document_mask,
     )
     checkpoints = Checkpoints(folder / "checkpoints")
-    trunk = Checkpoints(trunks / trunk_key(cfg, prepared.fingerprint), keep=None) if trunks and cfg.train.schedule == "wsd" else None
+    trunk = (
+        Checkpoints(trunks / trunk_key(cfg, prepared.fingerprint), keep=None)
+        if trunks and cfg.train.schedule == "wsd"
+        else None
+    )
     first_step = 0
     if saved := checkpoints.steps():
         state = checkpoints.restore(saved[-1], state, iterator)

@@ -8,6 +8,7 @@ import pytest
 from llm_jax.models.attention import attend, attention_mask
 
 B, T, H = 2, 7, 6
+compiled = jax.jit(attend, static_argnames="window")
 SEGMENT_BxT = np.array([[1, 1, 1, 2, 2, 3, 0], [5, 5, 5, 5, 5, 5, 5]], np.int32)
 
 
@@ -51,16 +52,22 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_attend_equals_loops(case):
-    """Who attends to whom, the scale 1/sqrt(H) and the pairing of heads are the definition; a fast kernel must match it."""
+    """Who attends to whom, the scale 1/sqrt(H) and which heads pair: what a fast kernel must match too."""
     case = dict(case)
     q, k, v = arrays(0, case.pop("num_heads"), case.pop("kv_heads"), case.pop("num_keys", T))
-    np.testing.assert_allclose(attend(q, k, v, **case), loops(q, k, v, **case), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(compiled(q, k, v, **case), loops(q, k, v, **case), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
     ("window", "segment_BxT", "offset", "num_keys"),
-    [(None, None, None, T), (3, None, None, T), (None, SEGMENT_BxT, None, T), (2, SEGMENT_BxT, None, T)]
-    + [(None, None, 2, T + 2), (2, None, 4, T + 6)],
+    [
+        (None, None, None, T),
+        (3, None, None, T),
+        (None, SEGMENT_BxT, None, T),
+        (2, SEGMENT_BxT, None, T),
+        (None, None, 2, T + 2),
+        (2, None, 4, T + 6),
+    ],
 )
 def test_mask_is_true_exactly_where_a_query_may_look(window, segment_BxT, offset, num_keys):
     """One entry too many leaks the answer into training; one too few loses context. Both train without complaint."""
@@ -81,33 +88,34 @@ def test_large_scores_pick_one_value_and_stay_finite(dtype):
     scores[:, :, ~np.tri(T, dtype=bool)] = -np.inf
     picked_BxNxT = scores.argmax(-1)
     expected = np.asarray(v, np.float32)[np.arange(B)[:, None, None], picked_BxNxT, np.arange(2)[None, :, None]]
-    out, grads = jax.value_and_grad(lambda q: attend(q, k, v).astype(jnp.float32).sum())(q)
+    out, grads = jax.jit(jax.value_and_grad(lambda q: attend(q, k, v).astype(jnp.float32).sum()))(q)
     assert np.isfinite(out)
     assert np.isfinite(np.asarray(grads, np.float32)).all()
-    np.testing.assert_allclose(np.asarray(attend(q, k, v), np.float32), expected.transpose(0, 2, 1, 3), rtol=1e-6)
+    np.testing.assert_allclose(np.asarray(compiled(q, k, v), np.float32), expected.transpose(0, 2, 1, 3), rtol=1e-6)
 
 
 def test_positions_beyond_the_filled_cache_have_no_influence():
     """A cache is allocated once for the longest answer; what lies beyond `offset` + T is left over from nothing."""
     q, k, v = arrays(2, 4, 2, 12)
     stale_k, stale_v = (x.at[:, 3 + T :].set(1e4) for x in (k, v))
-    out = attend(q, k, v, offset=3)
-    np.testing.assert_array_equal(attend(q, stale_k, stale_v, offset=3), out)
-    assert not np.array_equal(attend(q, stale_k, stale_v, offset=4), out)
+    out = compiled(q, k, v, offset=3)
+    np.testing.assert_array_equal(compiled(q, stale_k, stale_v, offset=3), out)
+    assert not np.array_equal(compiled(q, stale_k, stale_v, offset=4), out)
 
 
 def test_a_query_that_sees_nothing_is_finite():
     """Padding rows of a cache may see no key at all; a NaN there spreads through the sum of the loss."""
     q, k, v = arrays(3, 2, 2, T)
-    assert np.isfinite(attend(q, k, v, offset=-3)).all()
+    assert np.isfinite(compiled(q, k, v, offset=-3)).all()
 
 
 def test_bfloat16_stays_within_its_rounding():
-    """Half-width attention is only as wrong as its roundings: scores by 2^-8 of themselves, weights and output by 2^-8."""
+    """Half-width attention is only as wrong as its roundings, each of which is at most 2^-8 of what it rounds."""
     q, k, v = arrays(4, 4, 2, T, jnp.bfloat16)
-    out, expected = attend(q, k, v), loops(q, k, v)
+    out, expected = compiled(q, k, v), loops(q, k, v)
     assert out.dtype == jnp.bfloat16
     scores = np.einsum("btkgh,bskh->bkgts", np.asarray(q, np.float64).reshape(B, T, 2, 2, H), np.asarray(k, np.float64))
-    # Query and score are rounded once each; a score off by e moves its weight by the factor exp(e), and all weights sum to 1.
+    # Scores are rounded twice, with the scaled query and as a sum. An error e of a score moves its weight, and by the
+    # normalisation that of all others, by a factor exp(e). Weights and output are rounded once each.
     bound = 2**-8 * (2 * 2 * np.abs(scores).max() / np.sqrt(H) + 2) * np.abs(np.asarray(v, np.float64)).max()
     assert 0 < np.abs(np.asarray(out, np.float64) - expected).max() < bound

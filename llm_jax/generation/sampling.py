@@ -1,0 +1,86 @@
+"""Sampling from a trained model with a key/value cache: one compiled loop a shape."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llm_jax.config import BadInput, Config, Model
+from llm_jax.data.prepare import Prepared
+from llm_jax.models import transformer
+from llm_jax.training import loop
+
+
+def sample_token(logits_BxV: jax.Array, key: jax.Array, temperature: float, top_k: int | None) -> jax.Array:
+    """One id a row, int32: the likeliest at temperature 0, else drawn from softmax(logits / temperature), of the top k if given."""
+    if temperature == 0:
+        return jnp.argmax(logits_BxV, axis=-1).astype(jnp.int32)
+    if top_k is not None:
+        least_Bx1 = jax.lax.top_k(logits_BxV, top_k)[0][:, -1:]
+        logits_BxV = jnp.where(logits_BxV >= least_Bx1, logits_BxV, -jnp.inf)
+    return jax.random.categorical(key, logits_BxV / temperature, axis=-1).astype(jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "num_tokens", "temperature", "top_k"))
+def generate(
+    model: Model,
+    params: Any,
+    prompt_BxT: jax.Array,
+    key: jax.Array,
+    *,
+    num_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+) -> jax.Array:
+    """`num_tokens` further ids of each row, int32: the prompt in one pass, then a token at a time."""
+    rows, length = prompt_BxT.shape
+    cache = transformer.init_cache(model, rows, length + num_tokens)
+    logits_BxTxV, cache = transformer.apply(model, params, prompt_BxT, cache=cache)
+
+    def one(carry, key):
+        cache, logits_BxV = carry
+        token_B = sample_token(logits_BxV, key, temperature, top_k)
+        logits_BxTxV, cache = transformer.apply(model, params, token_B[:, None], cache=cache)
+        return (cache, logits_BxTxV[:, -1]), token_B
+
+    keys = jax.random.split(key, num_tokens)
+    return jax.lax.scan(one, (cache, logits_BxTxV[:, -1]), keys)[1].T
+
+
+def continue_text(
+    cfg: Config,
+    prepared: Prepared,
+    folder: Path,
+    prompt: str,
+    num_tokens: int,
+    *,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    seed: int = 0,
+) -> str:
+    """The text that the model trained in `folder` puts behind `prompt`, until it begins another document."""
+    if num_tokens < 1:
+        raise BadInput(f"--tokens must be at least 1, got {num_tokens}")
+    if temperature < 0:
+        raise BadInput(f"--temperature must not be negative, got {temperature}; 0 takes the likeliest token")
+    if top_k is not None and not 1 <= top_k <= cfg.model.vocab_size:
+        raise BadInput(f"--top_k must lie in [1, {cfg.model.vocab_size}], got {top_k}")
+    tokenizer = prepared.tokenizer()
+    ids = [tokenizer.bos, *tokenizer.encode([prompt])[0].tolist()]
+    if cfg.model.positions == "learned" and len(ids) + num_tokens > cfg.model.max_context:
+        raise BadInput(f"the model has {cfg.model.max_context} positions; the prompt takes {len(ids)}: --tokens {max(1, cfg.model.max_context - len(ids))} fits")
+    params = loop.load_params(cfg, folder)
+    new = generate(
+        cfg.model,
+        params,
+        jnp.asarray([ids], jnp.int32),
+        jax.random.key(seed),
+        num_tokens=num_tokens,
+        temperature=temperature,
+        top_k=top_k,
+    )[0].tolist()
+    return tokenizer.decode(new[: new.index(tokenizer.bos)] if tokenizer.bos in new else new)

@@ -1,0 +1,100 @@
+"""Training the trials of a run: this process, and others beside it where more workers are asked for."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from llm_jax import files
+from llm_jax.data.prepare import Prepared
+from llm_jax.training import loop
+from llm_jax.training.optimizer import cooldown_start
+from scaling import ledger
+from scaling.experiment import Trial
+from scaling.progress import progress
+
+POLL_SECONDS = 1.0
+
+
+def use_compile_cache() -> None:
+    """Programs compiled once serve all later processes of this machine."""
+    import jax
+
+    jax.config.update("jax_compilation_cache_dir", str(files.cache_dir() / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def trunk_groups(trials: Sequence[Trial], prepared: Prepared) -> dict[str, list[Trial]]:
+    """Trials of the schedule wsd that share a trunk, the longest first."""
+    groups: dict[str, list[Trial]] = {}
+    for trial in trials:
+        if trial.config.train.schedule == "wsd":
+            groups.setdefault(loop.trunk_key(trial.config, prepared.fingerprint), []).append(trial)
+    return {key: sorted(group, key=lambda t: -t.config.num_steps) for key, group in groups.items() if len(group) > 1}
+
+
+def run_trial(folder: Path, trial: Trial, prepared: Prepared, branch_steps: Sequence[int], update: Callable) -> None:
+    """Trains a claimed trial and records how it ended."""
+    result = loop.train(
+        trial.config,
+        prepared,
+        ledger.trial_folder(folder, trial.id),
+        trunks=folder / "trunks",
+        branch_steps=branch_steps,
+        progress=update,
+    )
+    ledger.record(folder, trial, prepared, result)
+
+
+def work(folder: Path, prepared: Prepared, only: Sequence[str] | None = None) -> None:
+    """Trains trials of a run until none is left, alone or beside other workers.
+
+    Runs that branch off a trunk wait for the longest of their group, which trains the trunk.
+    """
+    use_compile_cache()
+    trials = [trial for trial in ledger.trials(folder) if only is None or trial.id in only]
+    leader, branches = {}, {}
+    for group in trunk_groups(trials, prepared).values():
+        branches[group[0].id] = [cooldown_start(t.config.train, t.config.num_steps) for t in group[1:]]
+        leader |= {trial.id: group[0].id for trial in group[1:]}
+    # A shape at a time, so that each is compiled once; trunks before their branches.
+    order = sorted(trials, key=lambda t: (t.id in leader, t.counts["N_params"], t.counts["D_tokens"], t.id))
+    total = sum(t.counts["C_flops"] for t in order)
+    with progress("sweep", total, "FLOP") as update:
+        while True:
+            state = {trial.id: ledger.status(folder, trial.id) for trial in order}
+            done = sum(t.counts["C_flops"] for t in order if state[t.id] in ("done", "failed"))
+            left = [t for t in order if state[t.id] not in ("done", "failed")]
+            if not left:
+                return
+            for trial in left:
+                if state.get(leader.get(trial.id, ""), "done") not in ("done", "failed"):
+                    continue
+                with ledger.claim(folder, trial.id) as mine:
+                    if mine:
+                        cost = trial.counts["C_flops"]
+
+                        def report(step, steps, loss, trial=trial, done=done, cost=cost):
+                            shape = f"N {trial.counts['N_params']:.3g} D {trial.counts['D_tokens']:.3g}"
+                            update(done + cost * step / steps, f"{shape} loss {loss:.3f}")
+
+                        run_trial(folder, trial, prepared, branches.get(trial.id, ()), report)
+                        break
+            else:
+                time.sleep(POLL_SECONDS)
+
+
+def spawn_workers(folder: Path, count: int) -> list[subprocess.Popen]:
+    """`count` more processes that work on the run and end with it."""
+    return [subprocess.Popen([sys.executable, "-m", "scaling.cli", "work", str(folder)]) for _ in range(count)]
+
+
+def flops_saved(folder: Path) -> float:
+    """6 N D of the steps that branched runs did not have to train."""
+    saved = 0.0
+    for row in ledger.rows(folder):
+        saved += 6.0 * row["N_params"] * row["first_step"] * row["tokens_per_step"]
+    return saved

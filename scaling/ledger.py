@@ -1,0 +1,226 @@
+"""Results on disk: one folder a trial, safe under many workers of one file system and under kills at any moment.
+
+RUN/experiment.json             what the run is: base config, data, axes
+RUN/table.csv                   the finished trials, rewritten after each: what `fit` reads
+RUN/trials/<fingerprint>/
+    trial.json                  config, point on the axes
+    lock                        held by the worker that trains it; the kernel frees it when that worker dies
+    result.json                 loss and counts, written once; the same bits whoever trained it, and however often killed
+    timing.json                 what differs from machine to machine
+    metrics.jsonl, checkpoints/, tensorboard/
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import dataclasses
+import hashlib
+import io
+import json
+import math
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from llm_jax import files
+from llm_jax.config import BadInput, Config, field_names, from_dict, to_dict
+from llm_jax.data.prepare import Prepared
+from scaling.experiment import Experiment, Trial
+
+RESULT_COLUMNS = ("loss", "loss_se", "bits_per_byte")
+
+
+def create(
+    folder: Path, name: str, docstring: str, experiment: Experiment, trials: Sequence[Trial], prepared: Prepared
+) -> None:
+    """Makes the run directory, or finds it made; trials are added to those it has.
+
+    Raises BadInput, and writes nothing, where it belongs to another config or other data.
+    """
+    described = {
+        "name": name,
+        "docstring": docstring,
+        "config": to_dict(experiment.config),
+        "ladder": to_dict(experiment.ladder),
+        "law": experiment.law,
+        "forecast": to_dict(experiment.forecast) if experiment.forecast else None,
+        "data": prepared.fingerprint,
+        "tokenizer_sha256": prepared.tokenizer_sha256,
+        "entropy": prepared.entropy,
+    }
+    check(folder, described)
+    with files.locked(folder / ".lock"):
+        check(folder, described)
+        files.write_json(folder / "experiment.json", described)
+        for trial in trials:
+            path = _path(folder, trial.id) / "trial.json"
+            if not path.exists():
+                files.write_json(path, {"config": to_dict(trial.config), "point": dict(trial.point)})
+
+
+def check(folder: Path, described: dict[str, Any]) -> None:
+    """Raises BadInput where `folder` is a run of something else, naming the first thing that differs."""
+    path = folder / "experiment.json"
+    if not path.exists():
+        if folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
+            raise BadInput(f"{folder} is not empty and no run directory; nearest that is free: {_free(folder)}")
+        return
+    known = files.read_json(path)
+    for key in ("config", "ladder", "data"):
+        if known[key] != described[key]:
+            what, old, new = _difference(known[key], described[key], key)
+            raise BadInput(
+                f"{folder} is the run of another config: {what} is {old} there and {new} here; nearest that is free: --run {_free(folder)}"
+            )
+
+
+def _difference(old: Any, new: Any, name: str) -> tuple[str, Any, Any]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in [*old, *new]:
+            if old.get(key) != new.get(key):
+                return _difference(old.get(key), new.get(key), key if name == "config" else f"{name}.{key}")
+    return name, old, new
+
+
+def _free(folder: Path) -> Path:
+    return next(path for i in range(2, 1000) if not (path := folder.with_name(f"{folder.name}-{i}")).exists())
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """What `create` wrote. Raises BadInput where `folder` is no run directory."""
+    path = folder / "experiment.json"
+    if not path.exists():
+        runs = (
+            sorted(str(found.parent) for found in folder.parent.glob("*/experiment.json"))
+            if folder.parent.is_dir()
+            else []
+        )
+        from llm_jax.config import did_you_mean
+
+        raise BadInput(
+            f"{folder} is no run directory{did_you_mean(str(folder), runs) if runs else '; make one with llm-jax sweep'}"
+        )
+    return files.read_json(path)
+
+
+def base_config(folder: Path) -> Config:
+    return from_dict(Config, describe(folder)["config"])
+
+
+def _path(folder: Path, trial_id: str) -> Path:
+    return folder / "trials" / trial_id
+
+
+def trial_folder(folder: Path, trial_id: str) -> Path:
+    """Where a trial keeps its metrics and checkpoints."""
+    return _path(folder, trial_id)
+
+
+def trials(folder: Path) -> list[Trial]:
+    """All trials of a run, by cost: cheap ones first."""
+    found = []
+    for path in sorted((folder / "trials").glob("*/trial.json")):
+        value = files.read_json(path)
+        found.append(Trial(from_dict(Config, value["config"]), value["point"]))
+    return sorted(found, key=lambda trial: (trial.counts["C_flops"], trial.counts["N_params"], trial.id))
+
+
+@contextlib.contextmanager
+def claim(folder: Path, trial_id: str) -> Iterator[bool]:
+    """Holds a trial for this worker; yields False where another holds it or it has a result."""
+    path = _path(folder, trial_id)
+    with files.locked(path / "lock", wait=False) as mine:
+        if mine and not (path / "result.json").exists():
+            owner = {"host": socket.gethostname(), "pid": os.getpid()}
+            (path / "lock").write_text(json.dumps(owner))
+            yield True
+        else:
+            yield False
+
+
+def status(folder: Path, trial_id: str) -> str:
+    """ "done", "failed", "running" (a live worker holds it), "stopped" (it has a checkpoint and nobody holds it) or "waiting"."""
+    path = _path(folder, trial_id)
+    if (path / "result.json").exists():
+        return files.read_json(path / "result.json")["status"]
+    if not (path / "lock").exists():
+        return "waiting"
+    with files.locked(path / "lock", wait=False) as free:
+        return "stopped" if free else "running"
+
+
+def record(folder: Path, trial: Trial, prepared: Prepared, result: Any) -> None:
+    """Writes a trial's result, once, and the table."""
+    path = _path(folder, trial.id)
+    fixed = {"status": result.status, "reason": result.reason}
+    if result.status == "done":
+        fixed |= {"loss": result.loss, "loss_se": result.standard_error, "bits_per_byte": result.bits_per_byte}
+    fixed |= {"data": prepared.fingerprint, "tokenizer_sha256": prepared.tokenizer_sha256}
+    fixed["epochs"] = int(trial.config.train.tokens) / prepared.tokens["train"]
+    files.write_json(
+        path / "timing.json",
+        {
+            "seconds": result.seconds,
+            "tokens_per_second": result.tokens_per_second,
+            "first_step": result.first_step,
+            "host": socket.gethostname(),
+        },
+    )
+    files.write_json(path / "result.json", fixed)
+    write_table(folder)
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    """One dict a trial, cheap ones first: id, status, the point, counts under each convention, settings, and the result."""
+    found = []
+    for trial in trials(folder):
+        path = _path(folder, trial.id)
+        state = status(folder, trial.id)
+        result = files.read_json(path / "result.json") if (path / "result.json").exists() else {}
+        timing = files.read_json(path / "timing.json") if (path / "timing.json").exists() else {}
+        train = trial.config.train
+        row: dict[str, Any] = {"id": trial.id, "status": state, "reason": result.get("reason", "")}
+        row |= {"depth": trial.point.get("depth", trial.config.model.num_layers), "budget": trial.point.get("compute")}
+        row |= trial.counts
+        row |= {
+            "epochs": result.get("epochs"),
+            "tokens_per_step": train.tokens_per_step,
+            "num_steps": trial.config.num_steps,
+        }
+        row |= {"peak_lr": train.peak_lr, "warmup_steps": train.warmup_steps, "seed": train.seed}
+        row |= {name: result.get(name, math.nan) for name in RESULT_COLUMNS}
+        row |= {
+            "seconds": timing.get("seconds"),
+            "tokens_per_second": timing.get("tokens_per_second"),
+            "first_step": timing.get("first_step", 0),
+        }
+        row |= {name: value for name, value in trial.point.items() if name not in ("depth", "compute")}
+        found.append(row)
+    return found
+
+
+TIMING = ("seconds", "tokens_per_second", "first_step")
+
+
+def sha256(folder: Path) -> str:
+    """Hash of the finished trials: of everything but what differs from machine to machine."""
+    finished = [
+        {k: v for k, v in row.items() if k not in TIMING} for row in rows(folder) if row["status"] in ("done", "failed")
+    ]
+    return hashlib.sha256(json.dumps(sorted(finished, key=lambda row: row["id"]), sort_keys=True).encode()).hexdigest()
+
+
+def write_table(folder: Path) -> None:
+    """RUN/table.csv: the finished trials, a column a key of `rows` except timing."""
+    finished = [
+        {k: v for k, v in row.items() if k not in TIMING} for row in rows(folder) if row["status"] in ("done", "failed")
+    ]
+    names = list(dict.fromkeys(name for row in finished for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(finished)
+    files.write_atomic(folder / "table.csv", text.getvalue())
