@@ -313,7 +313,10 @@ def levels(fit: Row | None, entropy: float | None) -> list[tuple[str, float, Any
     found: list[tuple[str, float, Any, Any, Any]] = []
     fitted = fit["parameters"].get("E") if fit else None
     if fitted and not fitted.get("unbounded"):
-        found.append(("fitted E, with interval", fitted["value"], fitted.get("interval"), LAW, DASHED))
+        interval = fitted.get("interval")
+        bounded = interval and all(map(is_number, interval))
+        name = "fitted E, with interval" if bounded else "fitted E, no interval"
+        found.append((name, fitted["value"], interval if bounded else None, LAW, DASHED))
     if entropy is not None:
         found.append(("true entropy of the source", entropy, None, TRUTH, DOTTED))
     return found

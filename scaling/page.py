@@ -90,7 +90,7 @@ def card(plot: Plot, drawing_svg: str) -> str:
     """A figure in the page. Inside HTML the parser supplies SVG's namespaces, so their addresses are left out."""
     inline = re.sub(r"<\?xml.*?\?>\s*", "", drawing_svg, flags=re.DOTALL)
     inline = re.sub(r"<style.*?</style>", "", inline, flags=re.DOTALL)  # its one rule is in CSS below
-    inline = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", inline).replace("xlink:href", "href")
+    inline = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", inline).replace("xlink:href", "href").replace("base64,\n", "base64,")
     inline = re.sub(r"<svg\b", f'<svg role="img" aria-label="{escape(plot.title)}"', inline, count=1)
     links = " · ".join(f'<a href="figures/{plot.name}.{kind}">{kind.upper()}</a>' for kind in ("png", "svg", "csv"))
     caption = f"<b>{escape(plot.title)}.</b> {escape(plot.caption)}"

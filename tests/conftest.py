@@ -42,3 +42,23 @@ def shared_data() -> Callable[[str], Path]:
         return path
 
     return locate
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prepared data and compiled programs of the tests stay away from the user's."""
+    monkeypatch.setenv("LLM_JAX_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+RUSSIAN = "Мороз и солнце; день чудесный! Ещё ты дремлешь, друг прелестный — пора, красавица, проснись.\n"
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """A folder of small text files, one of them Russian."""
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for i in range(40):
+        (folder / f"{i:02}.txt").write_text("".join(f"{i} bottles of beer, {j} on the wall.\n" for j in range(30)), encoding="utf-8")
+    (folder / "стихи.md").write_text(RUSSIAN * 20, encoding="utf-8")
+    return folder

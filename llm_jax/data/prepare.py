@@ -167,7 +167,7 @@ def _write(cfg: Config, documents: Callable, survey: Survey, folder: Path, key: 
             what = "the held-out documents hold" if split == "validation" else "the training documents hold"
             raise BadInput(
                 f"data.source={cfg.data.source} is too small: {what} less than one row of {row_tokens} tokens; "
-                f"nearest that works: more text, or data.val_fraction={min(0.5, 2 * cfg.data.val_fraction)}, or data.context={max(2, cfg.data.context // 2)}"
+                f"add text, or try data.val_fraction={min(0.5, 2 * cfg.data.val_fraction)}"
             )
     base = folder / "rows"
     values = Prepared(

@@ -140,8 +140,9 @@ def _registered(cfg: Data) -> Source:
 
     name = cfg.source.removeprefix("tfds:")
     base = name.split("/")[0].split(":")[0]
-    if base not in tfds.list_builders():
-        raise BadInput(f'data.source: TFDS registers no "{base}"{did_you_mean(base, tfds.list_builders())}')
+    registered = tfds.list_builders(with_community_datasets=False)  # asking for the community's needs TensorFlow
+    if base not in registered:
+        raise BadInput(f'data.source: TFDS registers no "{base}"{did_you_mean(base, registered)}')
     if base in NEEDS_TENSORFLOW + NEEDS_BEAM:
         need = "TensorFlow" if base in NEEDS_TENSORFLOW else "Apache Beam"
         raise BadInput(
