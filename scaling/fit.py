@@ -96,6 +96,7 @@ def minimise(
     def evaluate(theta):
         log_pred, jacobian = law.evaluate(theta, x_KxR)
         residual = log_pred - target
+        jacobian = np.nan_to_num(jacobian)
         value = (weight * huber(residual, delta)).sum(1) + 0.5 * (precision * (theta - mean) ** 2).sum(1)
         return residual, jacobian, np.where(np.isfinite(value), value, np.inf)
 
@@ -226,17 +227,23 @@ def prepare(law: Law, table: Table) -> tuple[Table, np.ndarray, np.ndarray, list
     for name in (*law.columns, "loss"):
         values = table.column(name)
         if values.dtype.kind != "f":
-            raise BadInput(f'column "{name}" must hold numbers; it holds text such as "{values[0] if len(values) else ""}"')
+            raise BadInput(
+                f'column "{name}" must hold numbers; it holds text such as "{values[0] if len(values) else ""}"'
+            )
         bad = np.flatnonzero(~(np.isfinite(values) & (values > 0)))
         if len(bad):
             row = int(table.columns["row"][bad[0]]) if "row" in table.columns else int(bad[0]) + 1
             raise BadInput(f"row {row}: {name} is {values[bad[0]]}; a fit needs positive, finite numbers")
     if len(table) < len(law.parameters) + 1:
-        raise BadInput(f"{law.name} has {len(law.parameters)} parameters and needs at least one row more; the table has {len(table)}")
+        raise BadInput(
+            f"{law.name} has {len(law.parameters)} parameters and needs at least one row more; the table has {len(table)}"
+        )
     log_KxR = np.log(np.stack([table.column(name) for name in law.columns]))
     for name, log_R in zip(law.columns, log_KxR, strict=True):
         if np.ptp(log_R) < 1e-9:
-            raise BadInput(f"every row has the same {name} = {np.exp(log_R[0]):.6g}; {law.name} needs at least two values")
+            raise BadInput(
+                f"every row has the same {name} = {np.exp(log_R[0]):.6g}; {law.name} needs at least two values"
+            )
     return table, log_KxR, np.log(table.column("loss")), warnings
 
 
@@ -253,7 +260,9 @@ def fit(law: Law, table: Table, objective: str = "huber:1e-3") -> Fit:
     starts, bounds = law.starts(x_KxR, log_loss), law.bounds(x_KxR, log_loss)
     theta, value, _ = minimise(law, x_KxR, log_loss, starts, delta, bounds=bounds)
     best = np.argsort(value)[:1]
-    polished, polished_value, converged = minimise(law, x_KxR, log_loss, theta[best], delta, bounds=bounds, tolerance=1e-15)
+    polished, polished_value, converged = minimise(
+        law, x_KxR, log_loss, theta[best], delta, bounds=bounds, tolerance=1e-15
+    )
     agreeing = float(np.mean(value <= polished_value[0] * (1 + 1e-6) + 1e-300))
 
     warnings += law_warnings(law, polished[0], bounds, x_KxR)
@@ -262,7 +271,9 @@ def fit(law: Law, table: Table, objective: str = "huber:1e-3") -> Fit:
     if np.abs(polished[0] - np.clip(starts[best[0]], *bounds)).max() < 1e-9:
         warnings.append("the solver did not move from its starting point: do not use these numbers")
     if agreeing < 0.5:
-        warnings.append(f"only {100 * agreeing:.0f} % of the starts reached the best minimum: there may be a better one")
+        warnings.append(
+            f"only {100 * agreeing:.0f} % of the starts reached the best minimum: there may be a better one"
+        )
     theta_P = law.shift(polished[0], -centre_K)
     log_pred_1xR, _ = law.evaluate(polished, x_KxR)
     return Fit(
@@ -362,11 +373,15 @@ def isoflop(table: Table) -> list[Parabola]:
         spare += int(rows.sum()) - 3
         curves.append((budget, rows, centre, coefficients, np.linalg.inv(design.T @ design)))
     if not curves:
-        raise BadInput("no budget has three sizes: an isoFLOP parabola needs at least three values of N_params at one compute")
+        raise BadInput(
+            "no budget has three sizes: an isoFLOP parabola needs at least three values of N_params at one compute"
+        )
     noise = squares / spare if spare else np.nan
     quantile = stats.t.ppf(0.975, spare) if spare else np.nan
     return [
-        _parabola(float(budget), log_n_R[rows] - centre, loss_R[rows], centre, log_nd_R[rows].mean(), c, noise * cov, quantile)
+        _parabola(
+            float(budget), log_n_R[rows] - centre, loss_R[rows], centre, log_nd_R[rows].mean(), c, noise * cov, quantile
+        )
         for budget, rows, centre, c, cov in curves
     ]
 
@@ -383,8 +398,9 @@ def _parabola(budget, u, loss, centre, log_nd, coefficients, covariance, quantil
     point = np.array([1, at, at**2])
     half = quantile * np.sqrt(point @ covariance @ point)
     u_low, u_high = _fieller(c1, c2, covariance, quantile) if c2 > 0 else (-np.inf, np.inf)
-    n_low, n_high = np.exp(centre + u_low), np.exp(centre + u_high)
-    d_low, d_high = np.exp(log_nd - centre - u_high), np.exp(log_nd - centre - u_low)
+    with np.errstate(over="ignore"):  # an interval may be unbounded
+        n_low, n_high = np.exp(centre + u_low), np.exp(centre + u_high)
+        d_low, d_high = np.exp(log_nd - centre - u_high), np.exp(log_nd - centre - u_low)
     loss_opt = float(point @ coefficients)
     return Parabola(
         budget=budget,
@@ -396,7 +412,9 @@ def _parabola(budget, u, loss, centre, log_nd, coefficients, covariance, quantil
         d_interval=(float(d_low), float(d_high)),
         loss_interval=(float(loss_opt - half), float(loss_opt + half)),
         log_n_error=float(np.sqrt(gradient @ covariance @ gradient)),
-        warning=f"budget {budget:.3g}: the minimum lies at or outside the grid's edge: add {side} shapes" if side else "",
+        warning=f"budget {budget:.3g}: the minimum lies at or outside the grid's edge: add {side} shapes"
+        if side
+        else "",
     )
 
 
@@ -421,7 +439,9 @@ def frontier(parabolas: list[Parabola]) -> PowerLaw:
     """
     inside = [p for p in parabolas if not p.warning]
     if len(inside) < 2:
-        raise BadInput(f"a power law N* ~ C^a needs two budgets with a minimum inside of the grid; there are {len(inside)}")
+        raise BadInput(
+            f"a power law N* ~ C^a needs two budgets with a minimum inside of the grid; there are {len(inside)}"
+        )
     x = np.log([p.budget for p in inside])
     y = np.log([p.n_opt for p in inside])
     errors = np.array([p.log_n_error for p in inside])

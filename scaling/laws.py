@@ -83,6 +83,35 @@ def _chinchilla_natural(theta: np.ndarray) -> np.ndarray:
     return np.concatenate([np.exp(theta[..., :3]), theta[..., 3:]], -1)
 
 
+def _coupled(theta_SxP: np.ndarray, x_KxR: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    n_R, d_R = x_KxR
+    a, b, e, alpha, beta, g = (column[:, None] for column in theta_SxP.T)
+    n_part, d_part = a - alpha * n_R, b - beta * d_R
+    inner_SxR = np.logaddexp(n_part, d_part)
+    outer_SxR = np.exp(g) * inner_SxR
+    log_loss_SxR = np.logaddexp(outer_SxR, e)
+    share = np.exp(outer_SxR - log_loss_SxR)
+    by_a, by_b = (share * np.exp(g + part - inner_SxR) for part in (n_part, d_part))
+    by_e = np.exp(e - log_loss_SxR)
+    return log_loss_SxR, np.stack([by_a, by_b, by_e, -n_R * by_a, -d_R * by_b, share * outer_SxR], 1)
+
+
+COUPLED = Law(
+    name="coupled",
+    formula="L = E + (A / N^alpha + B / D^beta)^gamma",
+    source="Kaplan et al. 2020, arXiv:2001.08361, eq. 1.5, with the E of Hoffmann et al. 2022; gamma = 1 is theirs",
+    parameters=("A", "B", "E", "alpha", "beta", "gamma"),
+    columns=("N_params", "D_tokens"),
+    evaluate=_coupled,
+    starts=lambda x_KxR, log_loss_R: np.pad(_chinchilla_starts(x_KxR, log_loss_R), ((0, 0), (0, 1))),
+    bounds=lambda x_KxR, log_loss_R: tuple(
+        np.append(bound, end) for bound, end in zip(_chinchilla_bounds(x_KxR, log_loss_R), (-2.0, 2.0), strict=True)
+    ),
+    shift=lambda theta, by_K: np.concatenate([_chinchilla_shift(theta[..., :5], by_K), theta[..., 5:]], -1),
+    natural=lambda theta: np.concatenate([np.exp(theta[..., :3]), theta[..., 3:5], np.exp(theta[..., 5:])], -1),
+)
+"""Not a law to print: six parameters that few tables can tell apart, but a rival for the forecasts of uncertainty.py."""
+
 LAWS = {
     law.name: law
     for law in (
@@ -118,7 +147,9 @@ def optimum(parameters: Mapping[str, float], compute: float) -> tuple[float, flo
     if not (compute > 0 and np.isfinite(compute)):
         raise BadInput(f"compute must be positive, in FLOPs; got {compute}")
     if not min(a, b, alpha, beta) > 0:
-        raise BadInput(f"no compute-optimal size: A, B, alpha and beta must be positive, got {a:.4g}, {b:.4g}, {alpha:.4g}, {beta:.4g}")
+        raise BadInput(
+            f"no compute-optimal size: A, B, alpha and beta must be positive, got {a:.4g}, {b:.4g}, {alpha:.4g}, {beta:.4g}"
+        )
     balance = np.log(alpha * a / (beta * b))
     n_params = float(np.exp((balance + beta * np.log(compute / 6)) / (alpha + beta)))
     return n_params, compute / 6 / n_params

@@ -14,7 +14,13 @@ import numpy as np
 
 from llm_jax.config import BadInput, did_you_mean
 
-ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv, ast.Pow: operator.pow}
+ARITHMETIC = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.Pow: operator.pow,
+}
 COMPARISONS = {
     ast.Lt: operator.lt,
     ast.LtE: operator.le,
@@ -60,7 +66,9 @@ class Table:
         try:
             tree = ast.parse(expression.strip(), mode="eval").body
         except (SyntaxError, ValueError, RecursionError, MemoryError):
-            raise BadInput(f'where "{expression}" does not parse; write it like: N_params >= 1e5 and seed == 0') from None
+            raise BadInput(
+                f'where "{expression}" does not parse; write it like: N_params >= 1e5 and seed == 0'
+            ) from None
         with np.errstate(all="ignore"):
             mask = _truth(tree, self, expression)
         return self.select(np.broadcast_to(mask, len(self)))
@@ -70,7 +78,9 @@ def _truth(node: ast.expr, table: Table, text: str) -> np.ndarray:
     """The value of a node that must be a condition."""
     value = np.asarray(_value(node, table, text))
     if value.dtype != bool:
-        raise BadInput(f'where "{text}": "{ast.unparse(node)}" is no condition; compare it with something, as in N_params > 1e5')
+        raise BadInput(
+            f'where "{text}": "{ast.unparse(node)}" is no condition; compare it with something, as in N_params > 1e5'
+        )
     return value
 
 
@@ -104,10 +114,14 @@ def _value(node: ast.expr, table: Table, text: str) -> Any:
             values = [_value(side, table, text) for side in (left, *comparators)]
             kinds = {np.asarray(value).dtype.kind for value in values}
             if len(kinds) > 1:
-                raise BadInput(f'where "{text}": "{ast.unparse(node)}" compares text with numbers; quote text, and only text')
+                raise BadInput(
+                    f'where "{text}": "{ast.unparse(node)}" compares text with numbers; quote text, and only text'
+                )
             parts = [COMPARISONS[type(op)](a, b) for a, op, b in zip(values, ops, values[1:], strict=False)]
             return np.logical_and.reduce(np.broadcast_arrays(*parts))
-    raise BadInput(f'where "{text}": "{ast.unparse(node)}" is not understood; valid: < <= > >= == != and or not + - * / ** ( )')
+    raise BadInput(
+        f'where "{text}": "{ast.unparse(node)}" is not understood; valid: < <= > >= == != and or not + - * / ** ( )'
+    )
 
 
 def read(path: str | Path) -> Table:

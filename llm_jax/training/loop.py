@@ -42,8 +42,9 @@ class Result:
     first_step: int = 0
     """Where this run took over from a trunk: steps before it were paid for by another run."""
     seconds: float = 0.0
-    """Of training in this process, without compilation of the first call."""
+    """Of training in this process, compilation included."""
     tokens_per_second: float = 0.0
+    """After the first call, which compiles; 0 where there was no other."""
 
 
 @functools.lru_cache
@@ -113,13 +114,14 @@ def train(
         state = trunk.restore(first_step, state, iterator)
         files.write_json(folder / "start.json", {"first_step": first_step})
 
-    step = started_at = int(state.step)
+    step = int(state.step)
     metrics = Metrics(folder, step)
     branch_steps = [s for s in branch_steps if trunk and s not in trunk.steps()]
     stops = sorted({num_steps, *branch_steps} - {0})
     pending: tuple[int, int, Any] | None = None
     bad_step = None
-    clock = time.perf_counter()
+    clock: tuple[int, float] | None = None  # (step, time) after the first call, which compiles
+    started = time.perf_counter()
     while step < num_steps and bad_step is None:
         n = min(per_call - step % per_call, next(s for s in stops if s > step) - step)
         tokens_CxBxT = np.zeros((per_call, cfg.rows_per_step, cfg.data.context + 1), np.int32)
@@ -132,6 +134,7 @@ def train(
         # The call runs while the metrics of the one before are written and the next rows are read.
         if pending:
             bad_step = metrics.write(cfg, *pending)
+            clock = clock or (pending[0] + pending[1], time.perf_counter())
             progress(pending[0] + pending[1], num_steps, metrics.last_loss)
         pending, step = (step, n, new | {"learning_rate": rates_C}), step + n
         boundary = step % cfg.train.checkpoint_every < n or step == num_steps or step in branch_steps
@@ -146,7 +149,7 @@ def train(
                 checkpoints.save(step, state, iterator)
                 if trunk and step in branch_steps:
                     trunk.save(step, state, iterator)
-    seconds = time.perf_counter() - clock
+    ended = time.perf_counter()
     evaluation = evaluate(params=state.params) if bad_step is None else None
     if evaluation:
         metrics.write_evaluation(step, cfg, evaluation)
@@ -154,19 +157,13 @@ def train(
     for manager in (checkpoints, trunk):
         if manager:
             manager.close()
-    speed = (step - started_at) * int(cfg.train.tokens_per_step) / seconds if step > started_at else 0.0
+    timing = {"first_step": first_step, "seconds": ended - started}
+    if clock and step > clock[0]:
+        timing["tokens_per_second"] = (step - clock[0]) * int(cfg.train.tokens_per_step) / (ended - clock[1])
     if evaluation is None or not math.isfinite(evaluation.loss):
         reason = f"loss is {metrics.last_loss} at step {bad_step if bad_step is not None else step} of {num_steps}"
-        return Result("failed", reason=reason, first_step=first_step, seconds=seconds)
-    return Result(
-        "done",
-        evaluation.loss,
-        evaluation.standard_error,
-        evaluation.bits_per_byte,
-        first_step=first_step,
-        seconds=seconds,
-        tokens_per_second=speed,
-    )
+        return Result("failed", reason=reason, **timing)
+    return Result("done", evaluation.loss, evaluation.standard_error, evaluation.bits_per_byte, **timing)
 
 
 def load_params(cfg: Config, folder: Path) -> Any:

@@ -1,0 +1,158 @@
+"""Whole runs: the same bits however they were cut, branches that equal runs of their own, and losses that are not finite."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from llm_jax.config import Config, Data, Model, Train, override
+from llm_jax.data import prepare
+from llm_jax.training import loop
+
+pytestmark = pytest.mark.usefixtures("mixed_dtypes")
+
+
+@pytest.fixture
+def cfg(corpus):
+    return Config(
+        model=Model(num_layers=1, d_model=16, num_heads=1),
+        data=Data(source="files", files=(f"{corpus}/*",), context=32, eval_tokens=1024, val_fraction=0.2),
+        train=Train(tokens=64 * 100, tokens_per_step=64, peak_lr=1e-2, warmup_steps=5, steps_per_call=8, checkpoint_every=24),
+    )
+
+
+def leaves(cfg, folder):
+    return [np.asarray(x) for x in jax.tree.leaves(loop.load_params(cfg, folder))]
+
+
+def assert_same_run(cfg, a, b, ra, rb):
+    assert (ra.loss, ra.bits_per_byte) == (rb.loss, rb.bits_per_byte)
+    for x, y in zip(leaves(cfg, a), leaves(cfg, b), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stop_at", [8, 40, 72, 100])
+def test_a_run_cut_and_started_again_has_the_same_bits(cfg, tmp_path, stop_at):
+    """Parameters, optimizer, data order and dropout draws all come back from the checkpoint; so do the lines of metrics."""
+    cfg = override(cfg, {"model.dropout": 0.1})
+    prepared = prepare.prepare(cfg)
+
+    def stop(step, total, loss):
+        if step >= stop_at:
+            raise Stop
+
+    with pytest.raises(Stop):
+        loop.train(cfg, prepared, tmp_path / "cut", progress=stop)
+    again = loop.train(cfg, prepared, tmp_path / "cut")
+    whole = loop.train(cfg, prepared, tmp_path / "whole")
+    assert_same_run(cfg, tmp_path / "cut", tmp_path / "whole", again, whole)
+    assert loop.read_metrics(tmp_path / "cut") == loop.read_metrics(tmp_path / "whole")
+
+
+RUN = """
+import sys, time
+from pathlib import Path
+from llm_jax.config import Config, from_dict
+from llm_jax.data import prepare
+from llm_jax.training import loop
+import json
+cfg = from_dict(Config, json.loads(sys.argv[1]))
+def slowly(step, total, loss):
+    print(step, flush=True)
+    time.sleep(0.02)
+print(loop.train(cfg, prepare.prepare(cfg), Path(sys.argv[2]), progress=slowly).loss)
+"""
+
+
+def test_kill_9_in_the_middle_of_a_run(cfg, tmp_path):
+    """The kill falls wherever it falls: between steps, or into a checkpoint that is being written."""
+    import json
+
+    from llm_jax.config import to_dict
+
+    prepared = prepare.prepare(cfg)
+    command = [sys.executable, "-c", RUN, json.dumps(to_dict(cfg)), str(tmp_path / "killed")]
+    for lines in (4, 2):
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            for _ in range(lines):
+                process.stdout.readline()
+            time.sleep(0.01)
+            process.send_signal(signal.SIGKILL)
+    # The same process environment as the killed ones, since the number of simulated devices changes the thread pool.
+    again = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]
+    command[-1] = str(tmp_path / "whole")
+    whole = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]
+    assert again == whole
+    for x, y in zip(leaves(cfg, tmp_path / "killed"), leaves(cfg, tmp_path / "whole"), strict=True):
+        np.testing.assert_array_equal(x, y)
+    assert prepared.fingerprint
+    assert os.path.exists(tmp_path / "killed" / "metrics.jsonl")
+
+
+def test_a_branch_equals_a_run_of_its_own(cfg, tmp_path):
+    """One trunk of the schedule wsd serves several horizons: the steps saved change nothing (Haegele et al. 2024)."""
+    long = override(cfg, {"train.schedule": "wsd"})
+    short = override(long, {"train.tokens": 64 * 50})
+    prepared = prepare.prepare(cfg)
+    trunks = tmp_path / "trunks"
+    loop.train(long, prepared, tmp_path / "long", trunks=trunks, branch_steps=[40])
+    branched = loop.train(short, prepared, tmp_path / "branch", trunks=trunks)
+    alone = loop.train(short, prepared, tmp_path / "alone")
+    assert branched.first_step == 40
+    assert alone.first_step == 0
+    assert_same_run(short, tmp_path / "branch", tmp_path / "alone", branched, alone)
+    other = override(short, {"train.peak_lr": 2e-2})
+    assert loop.train(other, prepared, tmp_path / "other", trunks=trunks).first_step == 0, "another rate is another trunk"
+    assert loop.train(dataclasses.replace(short, train=dataclasses.replace(short.train, seed=1)), prepared, tmp_path / "seed", trunks=trunks).first_step == 0
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(cfg, tmp_path):
+    """And says at which step; a checkpoint of NaN is never left behind."""
+    wild = override(cfg, {"train.peak_lr": 1e30, "train.clip_norm": 1e30, "train.warmup_steps": 0})
+    result = loop.train(wild, prepare.prepare(cfg), tmp_path / "wild")
+    assert result.status == "failed"
+    assert "step" in result.reason
+    assert not list((tmp_path / "wild" / "checkpoints").glob("[0-9]*"))
+
+
+def test_evaluations_on_the_way_change_nothing(cfg, tmp_path):
+    """Nor do they miss the last one: the held-out loss of the end is in the metrics once."""
+    prepared = prepare.prepare(cfg)
+    plain = loop.train(cfg, prepared, tmp_path / "plain")
+    watched = loop.train(override(cfg, {"train.eval_every": 20}), prepared, tmp_path / "watched")
+    assert plain.loss == watched.loss
+    lines = [line for line in loop.read_metrics(tmp_path / "watched") if "eval_loss" in line]
+    assert [line["step"] for line in lines] == [24, 40, 64, 80, 100]
+    assert lines[-1]["eval_loss"] == watched.loss
+    assert next((tmp_path / "watched" / "tensorboard").glob("events*")).stat().st_size > 0
+
+
+def test_document_mask_trains_on_isolated_documents(cfg, tmp_path):
+    masked = override(cfg, {"data.document_mask": True})
+    result = loop.train(masked, prepare.prepare(masked), tmp_path / "masked")
+    plain = loop.train(cfg, prepare.prepare(cfg), tmp_path / "plain")
+    assert result.status == "done"
+    assert result.loss != plain.loss
+
+
+def test_trials_of_one_shape_share_one_compilation(cfg, tmp_path):
+    """Horizon, rate, schedule and seed are arguments of the compiled call and not part of it."""
+    prepared = prepare.prepare(cfg)
+    loop.train(cfg, prepared, tmp_path / "first")
+    call, _ = loop.compiled_call(cfg.model, loop._program(cfg.train))
+    before = call._cache_size()
+    for i, change in enumerate([{"train.peak_lr": 1e-3}, {"train.tokens": 640}, {"train.schedule": "wsd"}, {"train.seed": 3}]):
+        changed = override(cfg, change)
+        loop.train(changed, prepared, tmp_path / str(i))
+        assert loop.compiled_call(changed.model, loop._program(changed.train))[0] is call
+    assert call._cache_size() == before
