@@ -1,6 +1,6 @@
 """What do N parameters and D bytes of Python buy? Small models on the standard library's own sources.
 
-    make quickstart
+make quickstart
 """
 
 from llm_jax.config import Data, Model, Train

@@ -18,7 +18,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 RULE: Literal["rule"] = "rule"
 """A setting that follows N and D by the rules of llm_jax/ladder.py."""
@@ -41,6 +41,28 @@ def did_you_mean(name: str, valid: Iterable[str]) -> str:
 def _require(ok: bool, message: str) -> None:
     if not ok:
         raise BadInput(message)
+
+
+def _check_types(config: Any, path: str) -> None:
+    """Refuses values that the type of their field does not allow, which would otherwise train something else unnoticed.
+
+    A whole number where a fraction is wanted becomes a float, so that equal settings have equal fingerprints.
+    """
+    for name, hint in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        options = (hint,) if isinstance(hint, type) or get_origin(hint) in (Literal, tuple) else get_args(hint)
+        choices = [choice for option in options if get_origin(option) is Literal for choice in get_args(option)]
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if float in options and number:
+            object.__setattr__(config, name, float(value))
+        elif get_origin(hint) is tuple:
+            ok = isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
+            _require(ok, f"{path}.{name} must be a list of strings, got {value!r}")
+            object.__setattr__(config, name, tuple(value))
+        elif value not in choices and type(value) not in options:
+            kinds = [kind.__name__ for kind in options if isinstance(kind, type) and kind is not type(None)]
+            hint = f"; must be {' or '.join(kinds + choices)}" if kinds else did_you_mean(str(value), choices)
+            raise BadInput(f'{path}.{name} cannot be "{value}"{hint}')
 
 
 @dataclass(frozen=True)
@@ -82,11 +104,17 @@ class Model:
     """Of the computation; parameters are float32."""
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff", "window"):
+        _check_types(self, "model")
+        for name in (
+            *("vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff", "window"),
+            *("rope_theta", "max_context", "logit_softcap"),
+        ):
             value = getattr(self, name)
             _require(value is None or value > 0, f"model.{name} must be positive, got {value}")
         if self.head_dim is None and self.d_model % self.num_heads:
-            fits = min(range(1, self.d_model + 1), key=lambda h: (self.d_model % h != 0, abs(h - self.num_heads)))
+            even = 2 if self.positions == "rotary" and self.d_model % 2 == 0 else 1
+            divisors = [heads for heads in range(1, self.d_model + 1) if self.d_model % (even * heads) == 0]
+            fits = min(divisors, key=lambda heads: abs(heads - self.num_heads))
             raise BadInput(
                 f"model.num_heads={self.num_heads} does not divide model.d_model={self.d_model}; nearest that does: {fits}"
             )
@@ -161,6 +189,7 @@ class Synthetic:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        _check_types(self, "data.synthetic")
         _require(2 <= self.keys <= 26**3, f"data.synthetic.keys must lie in [2, {26**3}], got {self.keys}")
         _require(self.exponent > 0, f"data.synthetic.exponent must be positive, got {self.exponent}")
         _require(0 <= self.noise < 1, f"data.synthetic.noise must lie in [0, 1), got {self.noise}")
@@ -191,9 +220,10 @@ class Data:
     synthetic: Synthetic = field(default_factory=Synthetic)
 
     def __post_init__(self) -> None:
+        _check_types(self, "data")
         kind = self.source.split(":", 1)[0]
         valid = {name.split(":")[0] for name in SOURCES}
-        if kind not in valid or (kind == "tfds") != (":" in self.source):
+        if kind not in valid or (kind == "tfds") != (":" in self.source) or self.source == "tfds:":
             raise BadInput(f'data.source "{self.source}" is no source{did_you_mean(self.source, SOURCES)}')
         _require(
             self.source != "files" or bool(self.files),
@@ -228,7 +258,8 @@ class Train:
     final_lr: float = 0.0
     """Learning rate at the end, as a share of the peak."""
     beta1: float = 0.9
-    beta2: float = 0.95
+    beta2: float = 0.99
+    """0.95 is usual where a batch holds a million tokens; small batches want a longer memory (Marek et al. 2025)."""
     epsilon: float = 1e-8
     weight_decay: float = 0.1
     """Decoupled, times the learning rate, on matrices alone."""
@@ -246,6 +277,7 @@ class Train:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        _check_types(self, "train")
         for name in (
             "tokens",
             "tokens_per_step",
@@ -261,6 +293,11 @@ class Train:
             self.warmup_steps == RULE or self.warmup_steps >= 0,
             f"train.warmup_steps must not be negative, got {self.warmup_steps}",
         )
+        for name in ("weight_decay", "z_loss", "eval_every"):
+            _require(getattr(self, name) >= 0, f"train.{name} must not be negative, got {getattr(self, name)}")
+        for name in ("beta1", "beta2"):
+            _require(0 <= getattr(self, name) < 1, f"train.{name} must lie in [0, 1), got {getattr(self, name)}")
+        _require(self.epsilon > 0, f"train.epsilon must be positive, got {self.epsilon}")
         _require(0 < self.decay_fraction <= 1, f"train.decay_fraction must lie in (0, 1], got {self.decay_fraction}")
         _require(0 <= self.final_lr <= 1, f"train.final_lr is a share of the peak in [0, 1], got {self.final_lr}")
 
@@ -319,9 +356,12 @@ def from_dict(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
     kwargs = {}
     for name, value in values.items():
         if name not in hints:
-            raise BadInput(f'"{path}{name}" names no field of {cls.__name__}{did_you_mean(name, hints)}')
+            raise BadInput(
+                f'"{path}{name}" names no field of {cls.__name__}{did_you_mean(path + name, [path + hint for hint in hints])}'
+            )
         if dataclasses.is_dataclass(hints[name]):
-            value = from_dict(hints[name], value, f"{path}{name}.")  # type: ignore[arg-type]
+            _require(isinstance(value, Mapping), f'"{path}{name}" must hold fields of its own, got {value!r}')
+            value = from_dict(hints[name], value, f"{path}{name}.")
         elif isinstance(value, list):
             value = tuple(value)
         kwargs[name] = value

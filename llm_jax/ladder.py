@@ -1,6 +1,8 @@
 """One dial: `depth` sets the shape; then N and D set horizon, batch, learning rate and warm-up.
 
-The constants of the rules were fitted on a grid of learning rates, batches, shapes and horizons; see docs of each.
+The constants of the rules were fitted on one grid: 91 cells of 11 shapes (10 k to 406 k parameters), budgets of 3e10 to 3e12 FLOPs
+and batches of 256 to 2,048 tokens, each at six learning rates (1e-3 to 32e-3) and two beta2, on bytes of the standard library's
+sources with context 128, AdamW, cosine to zero. Beyond that range they extrapolate: look at the basin before a large run.
 """
 
 from __future__ import annotations
@@ -36,12 +38,25 @@ class Ladder:
 
 
 def tokens_per_step(tokens: float, context: int, grad_accumulation: int) -> int:
+    """The batch grows as the square root of the horizon: 384 tokens for a million, at least two rows.
+
+    Measured at the best learning rate of each cell of the grid above: the best batch grew as D^0.75..0.98 with D alone (N to the
+    power of -0.2..-0.15 was within its error); this rule, with the rate below, stays within 0.6 % of the best loss on average and
+    1.9 % at worst. Twice the batch costs 1 % of the loss and four times 3 %, most where D is small. The power is between those
+    of Bergsma et al. 2025 («Power Lines», 0.4) and Li et al. 2025 («Step Law», 0.57).
+    """
     unit = context * grad_accumulation
-    return unit * 4
+    return unit * max(2 if grad_accumulation == 1 else 1, round(384 * (tokens / 1e6) ** 0.5 / unit))
 
 
 def peak_lr(n_params: float, tokens: float, batch_tokens: float) -> float:
-    return 4e-3
+    """0.008 (N / 1e5)^(-1/3) (D / 1e6)^(-1/4) (batch / 512)^0.6, to four digits.
+
+    Fitted on the 69 cells of the grid whose best rate was not at its edge: powers -0.35 +- 0.02, -0.22 +- 0.02, 0.59 +- 0.03 and
+    0.0079, residual 17 %. Within a cell this costs 0.24 % of the loss on average; erring high is cheaper than erring low.
+    """
+    rate = 0.008 * (n_params / 1e5) ** (-1 / 3) * (tokens / 1e6) ** -0.25 * (batch_tokens / 512) ** 0.6
+    return float(f"{rate:.4g}")
 
 
 def warmup_steps(n_params: float, batch_tokens: float, num_steps: int) -> int:

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import tyro
+from tyro.conf import Positional, UseAppendAction, arg
 
 from llm_jax.config import BadInput, Config, Data, Model, Train, did_you_mean, field_names, to_dict
-from tyro.conf import Positional, UseAppendAction, arg
 
 Options = TypeVar("Options")
 RunFolder = Annotated[Positional[Path], arg(metavar="RUN")]
@@ -269,7 +269,7 @@ def data(options: DataOptions) -> None:
     for split in ("train", "validation"):
         tokens, size = prepared.tokens[split], prepared.bytes[split]
         print(
-            f"{split:11}{prepared.documents[split]:>10,} documents {tokens:>14,} tokens {size:>14,} bytes {size / tokens:6.3f} bytes per token"
+            f"{split:11}{prepared.documents[split]:>10,} documents {tokens:>14,} tokens {size:>14,} bytes {size / tokens:6.3f} a token"
         )
     print(f"tokenizer  {prepared.tokenizer_kind}, {prepared.vocab_size} ids, {prepared.tokenizer_sha256[:12]}")
     if prepared.entropy is not None:

@@ -103,7 +103,7 @@ class Trial:
 
 def trial(base: Config, rungs: Ladder, point: Point) -> Trial:
     """Applies a point to the base config. Raises BadInput for an axis that names no field, or values that no config allows."""
-    overrides = {}
+    overrides: dict[str, Any] = {}
     for name, value in point.items():
         if name not in DERIVED and name not in field_names(Config):
             raise BadInput(f'axis "{name}" names no field{did_you_mean(name, [*field_names(Config), *DERIVED])}')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ from scaling.tables import Table
 
 CHUNK = 400_000  # cells of a Jacobian solved at once: what stays in cache
 RIDGE = 1e-2  # of the damping's metric, relative: of 1e-4 to 1e-1 what converged most often within 150 steps
+
+COLLINEAR = 1e-8  # least eigenvalue of the correlations of the slopes; 1e-4 to 1e-2 on tables that determine a law
+EXACT = 1e-22  # an objective of this size is none: data without noise is fitted to rounding
 
 
 # ---- The solver: many small robust problems side by side ----
@@ -42,62 +46,61 @@ def huber(residual: np.ndarray, delta: float) -> np.ndarray:
     return np.where(size <= delta, 0.5 * residual**2, delta * (size - 0.5 * delta))
 
 
+@dataclass(frozen=True)
+class Problem:
+    """Minimise sum_r weight_r Huber_delta(log L(theta) - log_loss_r), for one table and many weights side by side."""
+
+    law: Law
+    x_KxR: np.ndarray
+    """Logs of the law's columns, centred."""
+    log_loss: np.ndarray
+    """R, or SxR."""
+    delta: float
+    bounds: tuple[np.ndarray, np.ndarray]
+    """Lower and upper, P each."""
+    weights_SxR: np.ndarray | None = None
+    free_P: np.ndarray | None = None
+    """Parameters that move; the others stay where they start. None: all."""
+    precision_P: np.ndarray | None = None
+    """Of a normal prior around zero: adds sum_p precision_p theta_p^2 / 2. None: none."""
+
+
 def minimise(
-    law: Law,
-    x_KxR: np.ndarray,
-    log_loss: np.ndarray,
-    theta_SxP: np.ndarray,
-    delta: float,
-    weights: np.ndarray | None = None,
-    bounds: tuple[np.ndarray, np.ndarray] | None = None,
-    free_P: np.ndarray | None = None,
-    prior: tuple[np.ndarray, np.ndarray] | None = None,
-    max_steps: int = 150,
-    tolerance: float = 1e-10,
+    problem: Problem, theta_SxP: np.ndarray, max_steps: int = 150, tolerance: float = 1e-10
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Minimises sum_r weight_r Huber_delta(log L(theta) - log_loss_r) for S problems at once, each from its own start.
+    """Solves S problems at once, each from its own start: theta_SxP, value_S and converged_S.
 
-    Levenberg-Marquardt on Gauss-Newton's Hessian of the rows inside delta: with rows outside of it the loss is linear,
-    and close to a minimum the step is then Newton's, so that a width as small as 1e-3 costs some twenty steps where
-    reweighted least squares creeps for hundreds.
-
-    `log_loss` and `weights` are R or SxR; `bounds` two arrays of P; parameters outside `free_P` stay where they start;
-    `prior` is (mean_P, precision_P) of a quadratic penalty. A problem stops when the model promises less than `tolerance`
-    times its value. Returns theta_SxP, value_S and converged_S.
+    Levenberg-Marquardt on Gauss-Newton's Hessian of the rows inside delta: outside of it the loss is linear, and close
+    to a minimum the step is then Newton's, so that a width as small as 1e-3 costs some tens of steps where reweighted
+    least squares creeps for hundreds. A problem stops when its step promises less than `tolerance` times its value.
     """
-    size = max(1, CHUNK // (x_KxR.shape[1] * theta_SxP.shape[1]))
+    size = max(1, CHUNK // (problem.x_KxR.shape[1] * theta_SxP.shape[1]))
     if len(theta_SxP) > size:
-        pick = lambda value, at: value[at : at + size] if value is not None and value.ndim == 2 else value  # noqa: E731
-        parts = [
-            minimise(
-                law,
-                x_KxR,
-                pick(log_loss, at),
-                theta_SxP[at : at + size],
-                delta,
-                pick(weights, at),
-                bounds,
-                free_P,
-                prior,
-                max_steps,
-                tolerance,
+        parts = []
+        for at in range(0, len(theta_SxP), size):
+            rows = slice(at, at + size)
+            log_loss, weights = problem.log_loss, problem.weights_SxR
+            part = dataclasses.replace(
+                problem,
+                log_loss=log_loss[rows] if log_loss.ndim == 2 else log_loss,
+                weights_SxR=None if weights is None else weights[rows],
             )
-            for at in range(0, len(theta_SxP), size)
-        ]
-        return tuple(np.concatenate(part) for part in zip(*parts, strict=True))  # type: ignore[return-value]
+            parts.append(minimise(part, theta_SxP[rows], max_steps, tolerance))
+        theta, value, converged = (np.concatenate(part) for part in zip(*parts, strict=True))
+        return theta, value, converged
 
-    shape = len(theta_SxP), x_KxR.shape[1]
-    target = np.broadcast_to(log_loss, shape)
-    weight = np.broadcast_to(1.0 if weights is None else weights, shape)
-    lower, upper = bounds or (-np.inf, np.inf)
-    mean, precision = prior or (np.zeros(theta_SxP.shape[1]), np.zeros(theta_SxP.shape[1]))
-    held_P = np.zeros(theta_SxP.shape[1], bool) if free_P is None else ~free_P
+    delta, (lower, upper) = problem.delta, problem.bounds
+    shape = len(theta_SxP), problem.x_KxR.shape[1]
+    target = np.broadcast_to(problem.log_loss, shape)
+    weight = np.broadcast_to(1.0 if problem.weights_SxR is None else problem.weights_SxR, shape)
+    precision = np.zeros(theta_SxP.shape[1]) if problem.precision_P is None else problem.precision_P
+    still = np.zeros(theta_SxP.shape[1], bool) if problem.free_P is None else ~problem.free_P
 
     def evaluate(theta):
-        log_pred, jacobian = law.evaluate(theta, x_KxR)
+        log_pred, jacobian = problem.law.evaluate(theta, problem.x_KxR)
         residual = log_pred - target
         jacobian = np.nan_to_num(jacobian)
-        value = (weight * huber(residual, delta)).sum(1) + 0.5 * (precision * (theta - mean) ** 2).sum(1)
+        value = (weight * huber(residual, delta)).sum(1) + 0.5 * (precision * theta**2).sum(1)
         return residual, jacobian, np.where(np.isfinite(value), value, np.inf)
 
     theta = np.clip(theta_SxP, lower, upper)
@@ -109,8 +112,8 @@ def minimise(
         residual, jacobian, value = evaluate(theta)
         for _ in range(max_steps):
             gradient = np.einsum("spr,sr->sp", jacobian, weight * np.clip(residual, -delta, delta))
-            gradient += precision * (theta - mean)
-            held = held_P | ((theta <= lower) & (gradient > 0)) | ((theta >= upper) & (gradient < 0))
+            gradient += precision * theta
+            held = still | ((theta <= lower) & (gradient > 0)) | ((theta >= upper) & (gradient < 0))
             gradient[held] = 0
             moving = np.where(held[:, :, None], 0, jacobian)
             # The reweighted Hessian lies above the true one (it is that of reweighted least squares, whose every step
@@ -142,7 +145,7 @@ def minimise(
             damping *= np.where(better, np.where(ratio > 0.75, 0.1, np.where(ratio < 0.25, 3.0, 1.0)), 3.0)
             damping = np.maximum(damping, 1e-12)
 
-            finished = np.abs(promised) <= tolerance * value
+            finished = np.abs(promised) <= tolerance * value + EXACT
             theta = np.where(better[:, None], trial, theta)
             residual = np.where(better[:, None], new_residual, residual)
             jacobian = np.where(better[:, None, None], new_jacobian, jacobian)
@@ -217,7 +220,7 @@ class Fit:
 
 
 def prepare(law: Law, table: Table) -> tuple[Table, np.ndarray, np.ndarray, list[str]]:
-    """The finished rows of a table, their log columns_KxR and log loss_R, and warnings; BadInput where a law cannot use them."""
+    """The finished rows of a table, their log columns_KxR and log loss_R, and warnings; BadInput for unusable ones."""
     warnings = []
     if "status" in table.columns:
         done = table.column("status") == "done"
@@ -227,22 +230,20 @@ def prepare(law: Law, table: Table) -> tuple[Table, np.ndarray, np.ndarray, list
     for name in (*law.columns, "loss"):
         values = table.column(name)
         if values.dtype.kind != "f":
-            raise BadInput(
-                f'column "{name}" must hold numbers; it holds text such as "{values[0] if len(values) else ""}"'
-            )
+            raise BadInput(f'column "{name}" must hold numbers, not text such as "{values[0]}"')
         bad = np.flatnonzero(~(np.isfinite(values) & (values > 0)))
         if len(bad):
             row = int(table.columns["row"][bad[0]]) if "row" in table.columns else int(bad[0]) + 1
             raise BadInput(f"row {row}: {name} is {values[bad[0]]}; a fit needs positive, finite numbers")
     if len(table) < len(law.parameters) + 1:
         raise BadInput(
-            f"{law.name} has {len(law.parameters)} parameters and needs at least one row more; the table has {len(table)}"
+            f"{law.name} has {len(law.parameters)} parameters and needs one row more; the table has {len(table)}"
         )
     log_KxR = np.log(np.stack([table.column(name) for name in law.columns]))
     for name, log_R in zip(law.columns, log_KxR, strict=True):
         if np.ptp(log_R) < 1e-9:
             raise BadInput(
-                f"every row has the same {name} = {np.exp(log_R[0]):.6g}; {law.name} needs at least two values"
+                f"every row has the same {name} = {np.exp(log_R[0]):.6g}; {law.name} needs two values or more"
             )
     return table, log_KxR, np.log(table.column("loss")), warnings
 
@@ -258,24 +259,21 @@ def fit(law: Law, table: Table, objective: str = "huber:1e-3") -> Fit:
     centre_K = log_KxR.mean(1)
     x_KxR = log_KxR - centre_K[:, None]
     starts, bounds = law.starts(x_KxR, log_loss), law.bounds(x_KxR, log_loss)
-    theta, value, _ = minimise(law, x_KxR, log_loss, starts, delta, bounds=bounds)
+    problem = Problem(law, x_KxR, log_loss, delta, bounds)
+    theta, value, _ = minimise(problem, starts)
     best = np.argsort(value)[:1]
-    polished, polished_value, converged = minimise(
-        law, x_KxR, log_loss, theta[best], delta, bounds=bounds, tolerance=1e-15
-    )
-    agreeing = float(np.mean(value <= polished_value[0] * (1 + 1e-6) + 1e-300))
+    polished, polished_value, converged = minimise(problem, theta[best], max_steps=3000, tolerance=1e-15)
+    agreeing = float(np.mean(value <= polished_value[0] * (1 + 1e-6) + 1e4 * EXACT))
 
-    warnings += law_warnings(law, polished[0], bounds, x_KxR)
+    log_pred_1xR, jacobian_1xPxR = law.evaluate(polished, x_KxR)
+    warnings += law_warnings(law, polished[0], bounds, jacobian_1xPxR[0])
     if not converged[0]:
         warnings.append("the solver stopped before it reached a minimum: do not use these numbers")
     if np.abs(polished[0] - np.clip(starts[best[0]], *bounds)).max() < 1e-9:
         warnings.append("the solver did not move from its starting point: do not use these numbers")
     if agreeing < 0.5:
-        warnings.append(
-            f"only {100 * agreeing:.0f} % of the starts reached the best minimum: there may be a better one"
-        )
+        warnings.append(f"only {100 * agreeing:.0f} % of the starts reached the best minimum: a better one may exist")
     theta_P = law.shift(polished[0], -centre_K)
-    log_pred_1xR, _ = law.evaluate(polished, x_KxR)
     return Fit(
         law=law,
         n=len(table),
@@ -289,15 +287,22 @@ def fit(law: Law, table: Table, objective: str = "huber:1e-3") -> Fit:
     )
 
 
-def law_warnings(law: Law, theta_P: np.ndarray, bounds: tuple[np.ndarray, np.ndarray], x_KxR: np.ndarray) -> list[str]:
-    """What the data leaves open: parameters at a bound of the search."""
+def law_warnings(law: Law, theta_P: np.ndarray, bounds: tuple[np.ndarray, np.ndarray], jacobian_PxR) -> list[str]:
+    """What the data leaves open: parameters at a bound of the search, and those that only act together."""
     warnings = []
+    inside = []
     for name, value, low, high in zip(law.parameters, theta_P, *bounds, strict=True):
-        if value <= low + 1e-6 and name == "E":
+        side = "lower" if value <= low + 1e-6 else "upper" if value >= high - 1e-6 else ""
+        inside.append(not side)
+        if side == "lower" and name == "E":
             warnings.append("E is at its lower bound: this data does not bound the irreducible loss from below")
-        elif value <= low + 1e-6 or value >= high - 1e-6:
-            side = "lower" if value <= low + 1e-6 else "upper"
+        elif side:
             warnings.append(f"{name} is at its {side} bound: this data does not determine it")
+    slopes_PxR = jacobian_PxR[inside] / np.maximum(np.linalg.norm(jacobian_PxR[inside], axis=1, keepdims=True), 1e-300)
+    curvature, axes = np.linalg.eigh(slopes_PxR @ slopes_PxR.T)
+    if curvature[0] < COLLINEAR:
+        named = np.array(law.parameters)[inside][np.abs(axes[:, 0]) > 0.2]
+        warnings.append(f"{' and '.join(named)} only act together: this data does not tell them apart")
     return warnings
 
 
@@ -328,7 +333,7 @@ class Parabola:
 
 @dataclass(frozen=True)
 class PowerLaw:
-    """N* = coefficient C^exponent over the interior minima, with a 95 % interval of the exponent; D* goes as C^(1 - exponent)."""
+    """N* = coefficient C^exponent over interior minima, low and high of the exponent at 95 %; D* ~ C^(1 - exponent)."""
 
     coefficient: float
     exponent: float
@@ -338,7 +343,7 @@ class PowerLaw:
 
 
 def budgets(table: Table) -> np.ndarray:
-    """The compute budget of each row: the column `budget`, else C_flops with runs within 5 % of each other put together."""
+    """The compute budget of each row: the column `budget`, else C_flops with runs within 5 % put together."""
     if "budget" in table.columns and table.columns["budget"].dtype.kind == "f":
         return table.columns["budget"]
     compute = table.column("C_flops")
@@ -373,9 +378,7 @@ def isoflop(table: Table) -> list[Parabola]:
         spare += int(rows.sum()) - 3
         curves.append((budget, rows, centre, coefficients, np.linalg.inv(design.T @ design)))
     if not curves:
-        raise BadInput(
-            "no budget has three sizes: an isoFLOP parabola needs at least three values of N_params at one compute"
-        )
+        raise BadInput("no budget has three sizes: an isoFLOP parabola needs three values of N_params at one compute")
     noise = squares / spare if spare else np.nan
     quantile = stats.t.ppf(0.975, spare) if spare else np.nan
     return [
@@ -419,7 +422,7 @@ def _parabola(budget, u, loss, centre, log_nd, coefficients, covariance, quantil
 
 
 def _fieller(c1: float, c2: float, covariance: np.ndarray, quantile: float) -> tuple[float, float]:
-    """All u at which a slope c1 + 2 c2 u of zero is compatible with the noise (Fieller 1954); unbounded where it says so."""
+    """All u at which the noise allows the slope c1 + 2 c2 u to be zero (Fieller 1954); possibly all there are."""
     if not np.isfinite(quantile):
         return np.nan, np.nan
     t2 = quantile**2
@@ -439,9 +442,7 @@ def frontier(parabolas: list[Parabola]) -> PowerLaw:
     """
     inside = [p for p in parabolas if not p.warning]
     if len(inside) < 2:
-        raise BadInput(
-            f"a power law N* ~ C^a needs two budgets with a minimum inside of the grid; there are {len(inside)}"
-        )
+        raise BadInput(f"a power law N* ~ C^a needs two budgets with a minimum inside the grid, not {len(inside)}")
     x = np.log([p.budget for p in inside])
     y = np.log([p.n_opt for p in inside])
     errors = np.array([p.log_n_error for p in inside])

@@ -56,7 +56,8 @@ def work(folder: Path, prepared: Prepared, only: Sequence[str] | None = None) ->
     """
     use_compile_cache()
     trials = [trial for trial in ledger.trials(folder) if only is None or trial.id in only]
-    leader, branches = {}, {}
+    leader: dict[str, str] = {}
+    branches: dict[str, list[int]] = {}
     for group in trunk_groups(trials, prepared).values():
         branches[group[0].id] = [cooldown_start(t.config.train, t.config.num_steps) for t in group[1:]]
         leader |= {trial.id: group[0].id for trial in group[1:]}

@@ -1,6 +1,6 @@
 """Scaling laws: a formula, its source, and what the solver in fit.py needs of it.
 
-Letters of array names in scaling/: S problems solved side by side, P parameters of a law, K columns a law reads, R rows.
+Letters of array names in scaling/: S problems side by side, P parameters of a law, K columns a law reads, R rows.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ FLOOR = 1e-6
 
 @dataclass(frozen=True)
 class Law:
-    """A law for the loss in nats a token. `theta` is its unconstrained form: the log of every scale, exponents as they are.
+    """A law for the loss in nats a token. `theta` is unconstrained: the log of every scale, and exponents as they are.
 
     The solver works on x, the logs of the columns less their means, since A and alpha are all but collinear otherwise;
     `shift` undoes that afterwards.
@@ -60,7 +60,7 @@ def _chinchilla(theta_SxP: np.ndarray, x_KxR: np.ndarray) -> tuple[np.ndarray, n
 
 
 def _chinchilla_starts(x_KxR: np.ndarray, log_loss_R: np.ndarray) -> np.ndarray:
-    """E at a share of the lowest loss; what is left of the median loss, halved, is what each term weighs at the centre."""
+    """E at a share of the lowest loss; each term has half of the rest of the median loss at the centre."""
     lowest, median = np.exp(log_loss_R.min()), np.exp(np.median(log_loss_R))
     theta = []
     for share, alpha, beta in itertools.product((0.1, 0.4, 0.7, 0.95), (0.15, 0.4, 0.8), (0.15, 0.4, 0.8)):
@@ -96,6 +96,15 @@ def _coupled(theta_SxP: np.ndarray, x_KxR: np.ndarray) -> tuple[np.ndarray, np.n
     return log_loss_SxR, np.stack([by_a, by_b, by_e, -n_R * by_a, -d_R * by_b, share * outer_SxR], 1)
 
 
+def _coupled_starts(x_KxR: np.ndarray, log_loss_R: np.ndarray) -> np.ndarray:
+    return np.pad(_chinchilla_starts(x_KxR, log_loss_R), ((0, 0), (0, 1)))
+
+
+def _coupled_bounds(x_KxR: np.ndarray, log_loss_R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    lower, upper = _chinchilla_bounds(x_KxR, log_loss_R)
+    return np.append(lower, -2.0), np.append(upper, 2.0)
+
+
 COUPLED = Law(
     name="coupled",
     formula="L = E + (A / N^alpha + B / D^beta)^gamma",
@@ -103,14 +112,12 @@ COUPLED = Law(
     parameters=("A", "B", "E", "alpha", "beta", "gamma"),
     columns=("N_params", "D_tokens"),
     evaluate=_coupled,
-    starts=lambda x_KxR, log_loss_R: np.pad(_chinchilla_starts(x_KxR, log_loss_R), ((0, 0), (0, 1))),
-    bounds=lambda x_KxR, log_loss_R: tuple(
-        np.append(bound, end) for bound, end in zip(_chinchilla_bounds(x_KxR, log_loss_R), (-2.0, 2.0), strict=True)
-    ),
+    starts=_coupled_starts,
+    bounds=_coupled_bounds,
     shift=lambda theta, by_K: np.concatenate([_chinchilla_shift(theta[..., :5], by_K), theta[..., 5:]], -1),
     natural=lambda theta: np.concatenate([np.exp(theta[..., :3]), theta[..., 3:5], np.exp(theta[..., 5:])], -1),
 )
-"""Not a law to print: six parameters that few tables can tell apart, but a rival for the forecasts of uncertainty.py."""
+"""Not a law to print, few tables tell its six parameters apart; a rival for forecasts."""
 
 LAWS = {
     law.name: law
@@ -118,7 +125,7 @@ LAWS = {
         Law(
             name="chinchilla",
             formula="L = E + A / N^alpha + B / D^beta",
-            source="Hoffmann et al. 2022, arXiv:2203.15556, eq. 2; theta as in its eq. 3 and in Besiroglu et al. 2024, arXiv:2404.10102",
+            source="Hoffmann et al. 2022, arXiv:2203.15556, eq. 2; theta as in Besiroglu et al. 2024, arXiv:2404.10102",
             parameters=("A", "B", "E", "alpha", "beta"),
             columns=("N_params", "D_tokens"),
             evaluate=_chinchilla,
@@ -147,9 +154,8 @@ def optimum(parameters: Mapping[str, float], compute: float) -> tuple[float, flo
     if not (compute > 0 and np.isfinite(compute)):
         raise BadInput(f"compute must be positive, in FLOPs; got {compute}")
     if not min(a, b, alpha, beta) > 0:
-        raise BadInput(
-            f"no compute-optimal size: A, B, alpha and beta must be positive, got {a:.4g}, {b:.4g}, {alpha:.4g}, {beta:.4g}"
-        )
+        numbers = f"A {a:.4g}, B {b:.4g}, alpha {alpha:.4g}, beta {beta:.4g}"
+        raise BadInput(f"no compute-optimal size: all of A, B, alpha and beta must be positive, got {numbers}")
     balance = np.log(alpha * a / (beta * b))
     n_params = float(np.exp((balance + beta * np.log(compute / 6)) / (alpha + beta)))
     return n_params, compute / 6 / n_params

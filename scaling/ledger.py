@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import dataclasses
 import hashlib
 import io
 import json
@@ -26,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_jax import files
-from llm_jax.config import BadInput, Config, field_names, from_dict, to_dict
+from llm_jax.config import BadInput, Config, from_dict, to_dict
 from llm_jax.data.prepare import Prepared
 from scaling.experiment import Experiment, Trial
 

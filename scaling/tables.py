@@ -6,6 +6,7 @@ import ast
 import csv
 import operator
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,14 @@ import numpy as np
 
 from llm_jax.config import BadInput, did_you_mean
 
-ARITHMETIC = {
+ARITHMETIC: dict[type, Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
     ast.Div: operator.truediv,
     ast.Pow: operator.pow,
 }
-COMPARISONS = {
+COMPARISONS: dict[type, Callable[[Any, Any], Any]] = {
     ast.Lt: operator.lt,
     ast.LtE: operator.le,
     ast.Gt: operator.gt,
@@ -111,13 +112,13 @@ def _value(node: ast.expr, table: Table, text: str) -> Any:
         case ast.BinOp(left=left, op=op, right=right) if type(op) in ARITHMETIC:
             return ARITHMETIC[type(op)](_number(left, table, text), _number(right, table, text))
         case ast.Compare(left=left, ops=ops, comparators=comparators) if all(type(op) in COMPARISONS for op in ops):
-            values = [_value(side, table, text) for side in (left, *comparators)]
-            kinds = {np.asarray(value).dtype.kind for value in values}
+            sides = [_value(side, table, text) for side in (left, *comparators)]
+            kinds = {np.asarray(value).dtype.kind for value in sides}
             if len(kinds) > 1:
                 raise BadInput(
                     f'where "{text}": "{ast.unparse(node)}" compares text with numbers; quote text, and only text'
                 )
-            parts = [COMPARISONS[type(op)](a, b) for a, op, b in zip(values, ops, values[1:], strict=False)]
+            parts = [COMPARISONS[type(op)](a, b) for a, op, b in zip(sides, ops, sides[1:], strict=False)]
             return np.logical_and.reduce(np.broadcast_arrays(*parts))
     raise BadInput(
         f'where "{text}": "{ast.unparse(node)}" is not understood; valid: < <= > >= == != and or not + - * / ** ( )'
@@ -128,8 +129,8 @@ def read(path: str | Path) -> Table:
     """The table of a run directory (its `table.csv`), or of any CSV with a header; BadInput where it cannot be read.
 
     A law asks for the columns it needs: N_params (parameters), D_tokens (tokens), loss (nats a token). Two columns are
-    made where they are absent: `row`, the number of the row in the file from 1, and C_flops = 6 N D (Kaplan et al. 2020),
-    in float64 because 6 N D overflows an int64.
+    made where they are absent: `row`, the number of the row in the file from 1, and C_flops = 6 N D (Kaplan et al.
+    2020), in float64 because 6 N D overflows an int64.
     """
     path = Path(path)
     path = path / "table.csv" if path.is_dir() else path

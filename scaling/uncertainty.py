@@ -1,19 +1,21 @@
-"""How far to trust a fit: bootstrap intervals of a law's parameters, and intervals for the loss of one run beyond the table.
+"""How far to trust a fit: intervals of a law's parameters, and of the loss of one run beyond the table.
 
-Two predictions must not be mixed up. The law is the plain fit of fit.py, exact and reproducible, and `bootstrap` says how
-well the table determines it. `prediction_interval` is a forecast: it averages the law with two rivals, because in
-simulation and on published tables no single form extrapolated best, and its width also counts what a bootstrap cannot see.
+Two predictions must not be mixed up. The law is the plain fit of fit.py, exact and reproducible, and `bootstrap` says
+how well the table determines it. `prediction_interval` is a forecast: it averages the law with two rivals, because in
+simulation and on published tables no single form extrapolated best, and its width also counts what a bootstrap cannot
+see.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
 
 from llm_jax.config import BadInput
-from scaling.fit import Fit, budgets, fit, huber, minimise, objective_delta, prepare
+from scaling.fit import Fit, Problem, budgets, fit, huber, minimise, objective_delta, prepare
 from scaling.laws import COUPLED, Law
 from scaling.tables import Table
 
@@ -79,30 +81,18 @@ def resample(groups_R: np.ndarray, samples: int, parameters: int, rng: np.random
     return weights
 
 
-def _refit(law: Law, x_KxR, log_loss, theta_P, delta, bounds, weights_SxR, **held) -> np.ndarray:
-    """Theta_SxP of fits under each row of weights, from the optimum; also from a middling E where that one has none."""
+def _refit(problem: Problem, theta_P: np.ndarray, weights_SxR: np.ndarray) -> np.ndarray:
+    """Theta_SxP of fits under each row of weights, from the optimum; also from a middling E if the optimum has none."""
     starts = [theta_P]
-    if "E" in law.parameters:
-        e = law.parameters.index("E")
-        if theta_P[e] < log_loss.min() - 3 and held.get("free_P", np.ones(len(theta_P), bool))[e]:
-            # At its bound E has no slope left to come back along, though many resamples would have one.
-            starts.append(np.where(np.arange(len(theta_P)) == e, log_loss.min() - 0.7, theta_P))
-    best, least = None, None
-    for start in starts:
-        theta, value, _ = minimise(
-            law,
-            x_KxR,
-            log_loss,
-            np.tile(start, (len(weights_SxR), 1)),
-            delta,
-            weights_SxR,
-            bounds,
-            tolerance=1e-8,
-            **held,
-        )
-        best = theta if best is None else np.where((value < least)[:, None], theta, best)
-        least = value if least is None else np.minimum(value, least)
-    return best
+    names, lowest = problem.law.parameters, problem.log_loss.min()
+    moves = problem.free_P is None or dict(zip(names, problem.free_P, strict=True)).get("E")
+    if "E" in names and moves and theta_P[names.index("E")] < lowest - 3:
+        # Close to its bound E has no slope left to come back along, though many resamples would have it higher.
+        starts.append(np.where(np.array(names) == "E", lowest - 0.7, theta_P))
+    problem = dataclasses.replace(problem, weights_SxR=np.tile(weights_SxR, (len(starts), 1)))
+    theta, value, _ = minimise(problem, np.repeat(starts, len(weights_SxR), axis=0), tolerance=1e-8)
+    best = value.reshape(len(starts), -1).argmin(0)
+    return theta.reshape(len(starts), len(weights_SxR), -1)[best, np.arange(len(weights_SxR))]
 
 
 def bootstrap(result: Fit, table: Table, samples: int = 1000, seed: int = 0) -> Bootstrap:
@@ -112,9 +102,8 @@ def bootstrap(result: Fit, table: Table, samples: int = 1000, seed: int = 0) -> 
     centre_K = log_KxR.mean(1)
     x_KxR = log_KxR - centre_K[:, None]
     weights = resample(_groups(table), samples, len(law.parameters), np.random.default_rng(seed))
-    theta_P, bounds = law.shift(result.theta, centre_K), law.bounds(x_KxR, log_loss)
-    theta_SxP = _refit(law, x_KxR, log_loss, theta_P, objective_delta(result.objective), bounds, weights)
-    theta_SxP = law.shift(theta_SxP, -centre_K)
+    problem = Problem(law, x_KxR, log_loss, objective_delta(result.objective), law.bounds(x_KxR, log_loss))
+    theta_SxP = law.shift(_refit(problem, law.shift(result.theta, centre_K), weights), -centre_K)
     natural_SxP = law.natural(theta_SxP)
     low_P, high_P = np.quantile(natural_SxP, [0.025, 0.975], axis=0)
     return Bootstrap(
@@ -136,10 +125,9 @@ def _groups(table: Table) -> np.ndarray:
 
 SAMPLES = 200
 TEMPER = 3.0
-"""Divides the Akaike criterion. 1 trusts one form after a lucky draw: mean error 1.08, 1.00, 0.96 % for 1, 2, 3 on tables
-off the Chinchilla form, 0.47 to 0.48 % on tables of it, where the plain law alone has 0.41 % but 1.67 % off it."""
+"""Divides the Akaike criterion: 1 trusts one form too soon."""
 FUTURE = 0.5
-"""Share of the leave-future-out error that counts: its fits have fewer rows than ours, so all of it would be too much."""
+"""Share of the leave-future-out error that counts; all of it is too much, as its fits have fewer rows than ours."""
 GAMMA_SPREAD = 0.4
 """Standard deviation of the prior on log gamma of the coupled form."""
 
@@ -167,17 +155,17 @@ def _forms(law: Law) -> list[_Form]:
 def prediction_interval(
     law: Law, table: Table, n_params: float, d_tokens: float, level: float = 0.9, seed: int = 0
 ) -> Prediction:
-    """The loss of one run of n_params on d_tokens, with an interval that is meant to hold up to about 10 times the compute.
+    """Forecasts the loss of one run of n_params on d_tokens, up to about 10 times the largest compute in the table.
 
     Forms are averaged in log loss by Akaike weights (Burnham and Anderson 2002, corrected for few rows, tempered). The
-    variance adds the bootstrap spread, the noise of one run, the leave-future-out error times the ratio of the distances
-    in log C, and the disagreement of the forms. BadInput with fewer than parameters + 3 rows.
+    variance adds the bootstrap spread, the noise of one run, the leave-future-out error times the ratio of distances in
+    log C, and the disagreement of the forms. BadInput with fewer than parameters + 3 rows.
     """
     if not 0 < level < 1:
         raise BadInput(f"level must lie in (0, 1), got {level}")
-    for name, value in (("n_params", n_params), ("d_tokens", d_tokens)):
-        if not 0 < value < np.inf:
-            raise BadInput(f"{name} must be positive and finite, got {value}")
+    for name, size in (("n_params", n_params), ("d_tokens", d_tokens)):
+        if not 0 < size < np.inf:
+            raise BadInput(f"{name} must be positive and finite, got {size}")
     plain = fit(law, table)
     table, log_KxR, log_loss, _ = prepare(law, table)
     rows, parameters = len(table), len(law.parameters)
@@ -187,30 +175,30 @@ def prediction_interval(
     x_KxR = log_KxR - centre_K[:, None]
     at_Kx1 = np.log([[n_params], [d_tokens]]) - centre_K[:, None]
     # Least squares uses the rows better than a width of 1e-3; rows beyond two standard deviations still count linearly.
-    spread = 1.4826 * np.median(np.abs(plain.residuals)) * np.sqrt(rows / (rows - parameters))
+    residuals = fit(law, table, "lsq").residuals
+    spread = 1.4826 * np.median(np.abs(residuals)) * np.sqrt(rows / (rows - parameters))
     delta = max(1e-3, 2 * spread)
-    weights = resample(_groups(table), SAMPLES, parameters, np.random.default_rng(seed))
+    forms = _forms(law)
+    weights_SxR = resample(_groups(table), SAMPLES, parameters, np.random.default_rng(seed))
 
-    logs, variances, criteria, noise = [], [], [], 0.0
-    for form in _forms(law):
-        bounds = form.law.bounds(x_KxR, log_loss)
+    logs, variances, criteria, noise, future = [], [], [], 0.0, 0.0
+    for form in forms:
         names = form.law.parameters
         free = np.array([name != form.held for name in names])
         precision = np.array([(max(spread, 1e-3) / dict(form.spread).get(name, np.inf)) ** 2 for name in names])
-        options = {"bounds": bounds, "free_P": free, "prior": (np.zeros(len(names)), precision)}
-        starts = form.law.starts(x_KxR, log_loss)
-        starts = np.where(free, starts, bounds[0])
-        theta, value, _ = minimise(form.law, x_KxR, log_loss, starts, delta, **options)
+        bounds = form.law.bounds(x_KxR, log_loss)
+        problem = Problem(form.law, x_KxR, log_loss, delta, bounds, free_P=free, precision_P=precision)
+        theta, value, _ = minimise(problem, np.where(free, form.law.starts(x_KxR, log_loss), bounds[0]))
         theta_P = theta[np.argmin(value)]
         residual = form.law.evaluate(theta_P[None], x_KxR)[0][0] - log_loss
-        squares, k = 2 * huber(residual, delta).sum() + 1e-12, int(free.sum())
+        squares, k = 2 * float(huber(residual, delta).sum()) + 1e-12, int(free.sum())
         logs.append(form.law.evaluate(theta_P[None], at_Kx1)[0].item())
-        refits = _refit(form.law, x_KxR, log_loss, theta_P, delta, weights_SxR=weights, **options)
-        variances.append(form.law.evaluate(refits, at_Kx1)[0].var())
+        refits_SxP = _refit(problem, theta_P, weights_SxR)
+        variances.append(form.law.evaluate(refits_SxP, at_Kx1)[0].var())
         criteria.append(rows * np.log(squares / rows) + 2 * k + 2 * k * (k + 1) / (rows - k - 1))
-        if form.law is law and not form.held:
-            noise = np.sqrt(squares / (rows - k))
-            future = _future_error(law, table, x_KxR, log_loss, theta_P, delta, bounds, noise)
+        if form is forms[0]:
+            noise = float(np.sqrt(squares / (rows - k)))
+            future = _future_error(problem, table, theta_P, noise)
     weight = np.exp(-0.5 * (np.array(criteria) - min(criteria)) / TEMPER)
     weight /= weight.sum()
     centre = float(weight @ logs)
@@ -230,15 +218,13 @@ def prediction_interval(
         level=level,
         law_loss=float(plain.predict(n_params, d_tokens)),
         parts=parts,
-        forms={
-            form.name: (float(np.exp(log)), float(w)) for form, log, w in zip(_forms(law), logs, weight, strict=True)
-        },
+        forms={form.name: (float(np.exp(log)), float(w)) for form, log, w in zip(forms, logs, weight, strict=True)},
         extrapolation=float(extrapolation),
     )
 
 
-def _future_error(law, table, x_KxR, log_loss, theta_P, delta, bounds, noise) -> float:
-    """Rolling origin: the law fitted to the budgets up to a cut, judged on those beyond; rms log error less noise, per unit of log C.
+def _future_error(problem: Problem, table: Table, theta_P: np.ndarray, noise: float) -> float:
+    """Rolling origin: rms log error, less noise, of fits to the budgets up to a cut on those beyond, a unit of log C.
 
     0 where no cut leaves enough rows on its left.
     """
@@ -250,12 +236,12 @@ def _future_error(law, table, x_KxR, log_loss, theta_P, delta, bounds, noise) ->
     past = [
         rows
         for rows in past
-        if rows.sum() >= len(law.parameters) + 2 and not rows.all() and np.ptp(x_KxR[:, rows], axis=1).min() > 0.1
+        if rows.sum() >= len(theta_P) + 2 and not rows.all() and np.ptp(problem.x_KxR[:, rows], axis=1).min() > 0.1
     ]
     if not past:
         return 0.0
-    theta_SxP = _refit(law, x_KxR, log_loss, theta_P, delta, bounds, np.array(past, float))
-    errors = law.evaluate(theta_SxP, x_KxR)[0] - log_loss
+    theta_SxP = _refit(problem, theta_P, np.array(past, float))
+    errors = problem.law.evaluate(theta_SxP, problem.x_KxR)[0] - problem.log_loss
     squares = np.concatenate([error[~rows] ** 2 for error, rows in zip(errors, past, strict=True)])
     reach = np.concatenate([log_c[~rows] - log_c[rows].max() for rows in past])
     return float(np.sqrt(max(0.0, squares.mean() - noise**2)) / max(reach.mean(), 0.1))

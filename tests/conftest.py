@@ -59,6 +59,8 @@ def corpus(tmp_path: Path) -> Path:
     folder = tmp_path / "corpus"
     folder.mkdir()
     for i in range(40):
-        (folder / f"{i:02}.txt").write_text("".join(f"{i} bottles of beer, {j} on the wall.\n" for j in range(30)), encoding="utf-8")
+        (folder / f"{i:02}.txt").write_text(
+            "".join(f"{i} bottles of beer, {j} on the wall.\n" for j in range(30)), encoding="utf-8"
+        )
     (folder / "стихи.md").write_text(RUSSIAN * 20, encoding="utf-8")
     return folder

@@ -71,7 +71,7 @@ class Survey:
         digest = hashlib.sha256()
         names: list[str] = []
         sizes: list[int] = []
-        for name, text in documents:
+        for _, text in documents:
             data = text.encode("utf-8", "replace")
             digest.update(len(data).to_bytes(8, "little") + data)
             names.append(hashlib.sha256(data).hexdigest())

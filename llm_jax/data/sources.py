@@ -99,7 +99,7 @@ def _open(path: Path, compression: str) -> io.TextIOBase:
         return io.TextIOWrapper(
             zstandard.ZstdDecompressor().stream_reader(open(path, "rb"), closefd=True), "utf-8", "replace"
         )
-    opener: Callable[..., Any] = {"": open, ".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}[compression]
+    opener: Any = {"": open, ".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}[compression]
     return opener(path, "rt", encoding="utf-8", errors="replace")
 
 

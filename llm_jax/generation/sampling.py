@@ -72,7 +72,10 @@ def continue_text(
     tokenizer = prepared.tokenizer()
     ids = [tokenizer.bos, *tokenizer.encode([prompt])[0].tolist()]
     if cfg.model.positions == "learned" and len(ids) + num_tokens > cfg.model.max_context:
-        raise BadInput(f"the model has {cfg.model.max_context} positions; the prompt takes {len(ids)}: --tokens {max(1, cfg.model.max_context - len(ids))} fits")
+        room = max(1, cfg.model.max_context - len(ids))
+        raise BadInput(
+            f"the model has {cfg.model.max_context} positions and the prompt takes {len(ids)}: --tokens {room} fits"
+        )
     params = loop.load_params(cfg, folder)
     new = generate(
         cfg.model,

@@ -157,7 +157,7 @@ def train(
     for manager in (checkpoints, trunk):
         if manager:
             manager.close()
-    timing = {"first_step": first_step, "seconds": ended - started}
+    timing: dict[str, Any] = {"first_step": first_step, "seconds": ended - started}
     if clock and step > clock[0]:
         timing["tokens_per_second"] = (step - clock[0]) * int(cfg.train.tokens_per_step) / (ended - clock[1])
     if evaluation is None or not math.isfinite(evaluation.loss):

@@ -26,7 +26,7 @@ class Metrics:
             if line.endswith("\n") and json.loads(line)["step"] <= step:
                 kept.append(line)
         files.write_atomic(path, "".join(kept))
-        self._file = open(path, "a")
+        self._file = open(path, "a")  # noqa: SIM115 (closed by close)
         self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1, flush_secs=30)
         self.last_loss = math.nan
 
@@ -35,7 +35,7 @@ class Metrics:
         values = {name: np.asarray(value, np.float64)[:n] for name, value in metrics_C.items()}
         bad = np.flatnonzero(~np.isfinite(values["nll"]))
         self.last_loss = float(values["nll"][bad[0]] if len(bad) else values["nll"].mean())
-        line = {"step": step + n, "tokens": (step + n) * int(cfg.train.tokens_per_step)}
+        line: dict[str, Any] = {"step": step + n, "tokens": (step + n) * int(cfg.train.tokens_per_step)}
         line |= {"loss" if name == "nll" else name: float(value.mean()) for name, value in values.items()}
         self._write(line)
         return step + int(bad[0]) if len(bad) else None

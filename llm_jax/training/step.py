@@ -61,7 +61,7 @@ def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, gr
         grads = jax.tree.map(lambda g: g / weight, grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = jax.tree.map(lambda p, u: p + learning_rate * u, state.params, updates)
-        metrics = {"grad_norm": optax.global_norm(grads), **{name: value / weight for name, value in sums.items()}}
+        metrics = {"grad_norm": optax.tree.norm(grads), **{name: value / weight for name, value in sums.items()}}
         return TrainState(state.step + 1, params, opt_state, state.key), metrics
 
     return step

@@ -11,7 +11,9 @@ CONTEXT = 64
 
 @pytest.fixture
 def prepared(corpus):
-    return prepare.prepare(Config(data=Data(source="files", files=(f"{corpus}/*",), context=CONTEXT, eval_tokens=1024, val_fraction=0.2)))
+    return prepare.prepare(
+        Config(data=Data(source="files", files=(f"{corpus}/*",), context=CONTEXT, eval_tokens=1024, val_fraction=0.2))
+    )
 
 
 def take(iterator, steps):

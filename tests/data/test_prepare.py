@@ -1,6 +1,7 @@
 """Preparation: what goes in comes out, once, and survives a kill."""
 
 import gzip
+import itertools
 import json
 import lzma
 import os
@@ -54,7 +55,7 @@ def test_rows_overlap_by_one_and_number_their_documents(corpus):
     stored = list(prepared.rows("train")[0])
     assert len(stored) > 5
     begun = 0
-    for row, following in zip(stored, stored[1:], strict=False):
+    for row, following in itertools.pairwise(stored):
         assert row["tokens"][-1] == following["tokens"][0]
         assert row["document"] == begun
         begun += int((row["tokens"][:-1] == tok.bos).sum())
@@ -74,7 +75,9 @@ def test_packing_small_and_large_documents():
 @pytest.mark.parametrize("suffix", ["", ".gz", ".xz", ".zst"])
 def test_jsonl_in_every_compression(tmp_path, suffix):
     """The same documents, whatever they were packed with."""
-    lines = "".join(json.dumps({"text": f"документ {i} " * 60, "id": i}, ensure_ascii=False) + "\n" for i in range(30)).encode()
+    lines = "".join(
+        json.dumps({"text": f"документ {i} " * 60, "id": i}, ensure_ascii=False) + "\n" for i in range(30)
+    ).encode()
     pack = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstandard.ZstdCompressor().compress}[suffix]
     path = tmp_path / f"corpus.jsonl{suffix}"
     path.write_bytes(pack(lines))
@@ -181,7 +184,9 @@ def test_a_registered_data_set_is_read(tmp_path, monkeypatch):
         VERSION = tfds.core.Version("1.0.0")
 
         def _info(self):
-            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({"text": tfds.features.Text()}))
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict({"text": tfds.features.Text()})
+            )
 
         def _split_generators(self, dl_manager):
             return {"train": self._generate_examples(40), "test": self._generate_examples(3)}
@@ -193,7 +198,9 @@ def test_a_registered_data_set_is_read(tmp_path, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     monkeypatch.setattr(tfds, "builder", lambda name, **kwargs: SmallBooks(data_dir=tmp_path, **kwargs))
     texts = [text for _, text in sources.open_source(Data(source="tfds:small_books")).documents()]
-    assert sorted(texts) == sorted([f"книга 40 {i} " * 50 for i in range(40)] + [f"книга 3 {i} " * 50 for i in range(3)])
+    assert sorted(texts) == sorted(
+        [f"книга 40 {i} " * 50 for i in range(40)] + [f"книга 3 {i} " * 50 for i in range(3)]
+    )
 
 
 KILLED = """

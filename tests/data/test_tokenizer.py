@@ -53,7 +53,10 @@ def test_the_same_text_trains_the_same_pieces():
         "from llm_jax.data import tokenizer; t = tokenizer.train('bpe', 280, ['the cat sat on the mat ' * 50] * 20);"
         "print(t.sha256())"
     )
-    hashes = {subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout for _ in range(2)}
+    hashes = {
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        for _ in range(2)
+    }
     assert len(hashes) == 1
     assert hashes != {tokenizer.train("unigram", 270, ["the cat sat on the mat " * 50] * 20).sha256() + "\n"}
 

@@ -23,7 +23,9 @@ def cfg(corpus):
     return Config(
         model=Model(num_layers=1, d_model=16, num_heads=1),
         data=Data(source="files", files=(f"{corpus}/*",), context=32, eval_tokens=1024, val_fraction=0.2),
-        train=Train(tokens=64 * 100, tokens_per_step=64, peak_lr=1e-2, warmup_steps=5, steps_per_call=8, checkpoint_every=24),
+        train=Train(
+            tokens=64 * 100, tokens_per_step=64, peak_lr=1e-2, warmup_steps=5, steps_per_call=8, checkpoint_every=24
+        ),
     )
 
 
@@ -112,8 +114,18 @@ def test_a_branch_equals_a_run_of_its_own(cfg, tmp_path):
     assert alone.first_step == 0
     assert_same_run(short, tmp_path / "branch", tmp_path / "alone", branched, alone)
     other = override(short, {"train.peak_lr": 2e-2})
-    assert loop.train(other, prepared, tmp_path / "other", trunks=trunks).first_step == 0, "another rate is another trunk"
-    assert loop.train(dataclasses.replace(short, train=dataclasses.replace(short.train, seed=1)), prepared, tmp_path / "seed", trunks=trunks).first_step == 0
+    assert loop.train(other, prepared, tmp_path / "other", trunks=trunks).first_step == 0, (
+        "another rate is another trunk"
+    )
+    assert (
+        loop.train(
+            dataclasses.replace(short, train=dataclasses.replace(short.train, seed=1)),
+            prepared,
+            tmp_path / "seed",
+            trunks=trunks,
+        ).first_step
+        == 0
+    )
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(cfg, tmp_path):
@@ -151,7 +163,9 @@ def test_trials_of_one_shape_share_one_compilation(cfg, tmp_path):
     loop.train(cfg, prepared, tmp_path / "first")
     call, _ = loop.compiled_call(cfg.model, loop._program(cfg.train))
     before = call._cache_size()
-    for i, change in enumerate([{"train.peak_lr": 1e-3}, {"train.tokens": 640}, {"train.schedule": "wsd"}, {"train.seed": 3}]):
+    for i, change in enumerate(
+        [{"train.peak_lr": 1e-3}, {"train.tokens": 640}, {"train.schedule": "wsd"}, {"train.seed": 3}]
+    ):
         changed = override(cfg, change)
         loop.train(changed, prepared, tmp_path / str(i))
         assert loop.compiled_call(changed.model, loop._program(changed.train))[0] is call

@@ -29,7 +29,9 @@ def test_cross_entropy_against_numpy():
     weights = rng.random((2, 5)).astype(np.float32)
     log_z = np.log(np.exp(logits).sum(-1))
     nll = log_z - np.take_along_axis(logits, targets[..., None], -1)[..., 0]
-    total, sums = losses.cross_entropy(jnp.asarray(logits, jnp.float32), jnp.asarray(targets), jnp.asarray(weights), 1e-2)
+    total, sums = losses.cross_entropy(
+        jnp.asarray(logits, jnp.float32), jnp.asarray(targets), jnp.asarray(weights), 1e-2
+    )
     assert float(sums["nll"]) == pytest.approx((nll * weights).sum(), rel=1e-5)
     assert float(sums["weight"]) == pytest.approx(weights.sum(), rel=1e-6)
     assert float(total) == pytest.approx(((nll + 1e-2 * log_z**2) * weights).sum(), rel=1e-5)
@@ -106,7 +108,9 @@ def test_training_learns_and_dropout_draws_anew_each_step():
     losses_C = np.asarray(metrics["nll"])
     assert losses_C[0] > 3
     assert losses_C[-5:].mean() < 0.5
-    still = make_train_call(step, 60)(init_state(transformer.init(model, jax.random.key(0)), adamw(cfg).init, 0), data, np.zeros(60, np.float32), 60)[1]["nll"]
+    still = make_train_call(step, 60)(
+        init_state(transformer.init(model, jax.random.key(0)), adamw(cfg).init, 0), data, np.zeros(60, np.float32), 60
+    )[1]["nll"]
     assert len(set(np.asarray(still).tolist())) > 50, "at rate 0 only the dropout masks differ between steps"
 
 
