@@ -5,13 +5,16 @@ make quickstart
 
 from llm_jax.config import Data, Model, Train
 from llm_jax.ladder import Ladder
-from scaling.experiment import Experiment, Target, isoflop
+from scaling.experiment import Experiment, Target, chain, isoflop
 
 experiment = Experiment(
     model=Model(vocab_size=256),
     data=Data(source="stdlib", context=128),
     train=Train(schedule="cosine"),
-    ladder=Ladder(aspect=16, head_dim=32),
-    axes=isoflop(budgets=[1e11, 3e11, 1e12], depths=[2, 3, 4, 5]),
-    forecast=Target(compute=3e12),
+    ladder=Ladder(aspect=8),
+    axes=chain(
+        isoflop(budgets=[7e10, 2e11], depths=[2, 3, 4, 5]),
+        isoflop(budgets=[6e11], depths=[3, 4, 5, 6]),
+    ),
+    forecast=Target(compute=2e12),
 )

@@ -190,20 +190,21 @@ def _run_trials(folder: Path, name: str, experiment: Any, docstring: str, json: 
     ledger.create(folder, name, docstring, experiment, trials, prepared)
     from scaling import launch
 
-    helpers = launch.spawn_workers(folder, workers - 1)
+    others = launch.spawn_workers(folder, workers)
     try:
         launch.work(folder, prepared)
     finally:
-        for helper in helpers:
-            helper.wait()
+        for other in others:
+            other.wait()
     rows = [row for row in ledger.rows(folder) if row["id"] in {trial.id for trial in trials}]
     _print_rows(rows, json)
 
 
-def work(folder: Path) -> None:
+def work(folder: Path, index: int, workers: int) -> None:
     """A worker beside others; `sweep --workers` starts these."""
     from scaling import launch, ledger
 
+    launch.share_cpus(index, workers)
     launch.work(folder, _prepare(ledger.base_config(folder)))
 
 
@@ -249,7 +250,7 @@ def verify(options: VerifyOptions) -> None:
 def report(options: ReportOptions) -> None:
     from scaling import analysis
 
-    path, summary = analysis.report(options.run)
+    path, summary = analysis.write_report(options.run)
     print(jsonlib.dumps({"report": str(path)}) if options.json else f"{summary}\n{path}")
 
 
@@ -432,6 +433,18 @@ def _print_rows(rows: Sequence[dict[str, Any]], json: bool) -> None:
         )
 
 
+def _plain_numbers(words: Sequence[str]) -> list[str]:
+    """1e9 becomes 1000000000 where a setting is given: fields that count are integers."""
+    plain, of_setting = [], False
+    for word in words:
+        if word.startswith("--"):
+            of_setting = word.startswith(("--model.", "--data.", "--train."))
+        elif of_setting and re.fullmatch(r"\d+(\.\d+)?[eE]\+?\d+", word) and float(word).is_integer():
+            word = str(int(float(word)))
+        plain.append(word)
+    return plain
+
+
 def _parse(kind: type[Options], words: Sequence[str], verb: str, default: Options | None = None) -> Options:
     """tyro's parser; what it refuses becomes one line."""
     said = io.StringIO()
@@ -512,7 +525,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(__version__)
             return 0
         if words[0] == "work":
-            work(Path(words[1]))
+            work(Path(words[1]), int(words[2]), int(words[3]))
             return 0
         if words[0] not in VERBS:
             raise BadInput(f'"{words[0]}" is no verb{did_you_mean(words[0], VERBS)}')

@@ -326,6 +326,8 @@ class Parabola:
     n_interval: tuple[float, float]
     d_interval: tuple[float, float]
     loss_interval: tuple[float, float]
+    coefficients: tuple[float, float, float]
+    """Of (ln N)^2, ln N and 1."""
     log_n_error: float
     """Standard error of log n_opt by the delta method."""
     warning: str = ""
@@ -391,7 +393,7 @@ def isoflop(table: Table) -> list[Parabola]:
 
 def _parabola(budget, u, loss, centre, log_nd, coefficients, covariance, quantile) -> Parabola:
     """One curve loss = c0 + c1 u + c2 u^2 with u = log N - centre, read off at its minimum."""
-    _, c1, c2 = coefficients
+    c0, c1, c2 = coefficients
     at = -c1 / (2 * c2) if c2 > 0 else u[np.argmin(loss)]
     side = ""
     if c2 <= 0 or not u.min() < at < u.max() or loss.argmin() in (u.argmin(), u.argmax()):
@@ -414,6 +416,7 @@ def _parabola(budget, u, loss, centre, log_nd, coefficients, covariance, quantil
         n_interval=(float(n_low), float(n_high)),
         d_interval=(float(d_low), float(d_high)),
         loss_interval=(float(loss_opt - half), float(loss_opt + half)),
+        coefficients=(float(c2), float(c1 - 2 * c2 * centre), float(c0 - c1 * centre + c2 * centre**2)),
         log_n_error=float(np.sqrt(gradient @ covariance @ gradient)),
         warning=f"budget {budget:.3g}: the minimum lies at or outside the grid's edge: add {side} shapes"
         if side

@@ -19,6 +19,7 @@ import io
 import json
 import math
 import os
+import platform
 import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -165,11 +166,29 @@ def record(folder: Path, trial: Trial, prepared: Prepared, result: Any) -> None:
             "seconds": result.seconds,
             "tokens_per_second": result.tokens_per_second,
             "first_step": result.first_step,
-            "host": socket.gethostname(),
+            "hardware": _hardware(),
         },
     )
     files.write_json(path / "result.json", fixed)
     write_table(folder)
+
+
+def _hardware() -> str:
+    """What a trial was trained on, in words."""
+    import jax
+
+    devices = jax.local_devices()
+    if devices[0].platform != "cpu":
+        return f"{len(devices)} x {devices[0].device_kind} on {socket.gethostname()}"
+    models = [line.split(":", 1)[1].strip() for line in _cpu_info() if line.startswith("model name")]
+    return f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores, on {socket.gethostname()}"
+
+
+def _cpu_info() -> list[str]:
+    try:
+        return Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return []
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
@@ -195,13 +214,14 @@ def rows(folder: Path) -> list[dict[str, Any]]:
             "seconds": timing.get("seconds"),
             "tokens_per_second": timing.get("tokens_per_second"),
             "first_step": timing.get("first_step", 0),
+            "hardware": timing.get("hardware", ""),
         }
         row |= {name: value for name, value in trial.point.items() if name not in ("depth", "compute")}
         found.append(row)
     return found
 
 
-TIMING = ("seconds", "tokens_per_second", "first_step")
+TIMING = ("seconds", "tokens_per_second", "first_step", "hardware")
 
 
 def sha256(folder: Path) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -176,9 +175,3 @@ def load_params(cfg: Config, folder: Path) -> Any:
     if not steps:
         raise FileNotFoundError(f"{folder} holds no checkpoint")
     return checkpoints.restore(steps[-1], abstract).params
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Lines of metrics.jsonl."""
-    path = folder / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

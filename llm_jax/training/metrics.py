@@ -57,3 +57,9 @@ class Metrics:
     def close(self) -> None:
         self._file.close()
         self._events.close()
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl."""
+    path = folder / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

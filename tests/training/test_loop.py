@@ -13,7 +13,7 @@ import pytest
 
 from llm_jax.config import Config, Data, Model, Train, override
 from llm_jax.data import prepare
-from llm_jax.training import loop
+from llm_jax.training import loop, metrics
 
 pytestmark = pytest.mark.usefixtures("mixed_dtypes")
 
@@ -58,7 +58,7 @@ def test_a_run_cut_and_started_again_has_the_same_bits(cfg, tmp_path, stop_at):
     again = loop.train(cfg, prepared, tmp_path / "cut")
     whole = loop.train(cfg, prepared, tmp_path / "whole")
     assert_same_run(cfg, tmp_path / "cut", tmp_path / "whole", again, whole)
-    assert loop.read_metrics(tmp_path / "cut") == loop.read_metrics(tmp_path / "whole")
+    assert metrics.read_metrics(tmp_path / "cut") == metrics.read_metrics(tmp_path / "whole")
 
 
 RUN = """
@@ -143,7 +143,7 @@ def test_evaluations_on_the_way_change_nothing(cfg, tmp_path):
     plain = loop.train(cfg, prepared, tmp_path / "plain")
     watched = loop.train(override(cfg, {"train.eval_every": 20}), prepared, tmp_path / "watched")
     assert plain.loss == watched.loss
-    lines = [line for line in loop.read_metrics(tmp_path / "watched") if "eval_loss" in line]
+    lines = [line for line in metrics.read_metrics(tmp_path / "watched") if "eval_loss" in line]
     assert [line["step"] for line in lines] == [24, 40, 64, 80, 100]
     assert lines[-1]["eval_loss"] == watched.loss
     assert next((tmp_path / "watched" / "tensorboard").glob("events*")).stat().st_size > 0
