@@ -11,10 +11,11 @@ experiment = Experiment(
     model=Model(vocab_size=256),
     data=Data(source="stdlib", context=128),
     train=Train(schedule="cosine"),
-    ladder=Ladder(aspect=8),
+    ladder=Ladder(aspect=16),
     axes=chain(
-        isoflop(budgets=[7e10, 2e11], depths=[2, 3, 4, 5]),
-        isoflop(budgets=[6e11], depths=[3, 4, 5, 6]),
+        isoflop(budgets=[1e11], depths=[1, 1.5, 2, 2.5]),
+        isoflop(budgets=[3e11], depths=[1.5, 2, 2.5, 3]),
+        isoflop(budgets=[9e11], depths=[2.5, 3, 3.5]),
     ),
-    forecast=Target(compute=2e12),
+    forecast=Target(compute=2.7e12),
 )

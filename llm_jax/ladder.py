@@ -8,6 +8,7 @@ sources with context 128, AdamW, cosine to zero. Beyond that range they extrapol
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 from llm_jax.config import RULE, BadInput, Config
@@ -22,19 +23,23 @@ class Ladder:
     section 3.1: the aspect matters little, but it must not jump between rungs)."""
 
     aspect: int = 64
-    """d_model / num_layers."""
+    """d_model a layer."""
     head_dim: int = 64
-    """Rounded so that heads divide the width; one head where the width is smaller."""
+    """Wanted; heads divide the width, and there is one where the width is smaller."""
 
-    def shape(self, depth: int) -> dict[str, int]:
-        """Overrides of a Config for one rung."""
+    def shape(self, depth: float) -> dict[str, int]:
+        """Overrides of a Config for one rung. Depth may be a fraction: the width follows it, and the layers are the next whole number.
+
+        Two layers at least: with one, a model cannot copy from its context by induction (Olsson et al. 2022), and rungs must not
+        differ in kind.
+        """
         if depth < 1:
             raise BadInput(f"depth must be at least 1, got {depth}")
-        width = self.aspect * depth
+        width = max(8, 8 * round(self.aspect * depth / 8))
         heads = max(1, round(width / self.head_dim))
         while width % heads:
             heads -= 1
-        return {"model.num_layers": depth, "model.d_model": width, "model.num_heads": heads}
+        return {"model.num_layers": max(2, math.ceil(depth)), "model.d_model": width, "model.num_heads": heads}
 
 
 def tokens_per_step(tokens: float, context: int, grad_accumulation: int) -> int:

@@ -93,7 +93,7 @@ class ForecastOptions:
     run: RunFolder
     compute: float | None = None
     """FLOPs of the run to forecast; default: the experiment's own target."""
-    depth: int | None = None
+    depth: float | None = None
     """Rung of the ladder; default: the one nearest the law's optimum."""
     level: float = 0.9
     """Of the prediction interval."""
@@ -205,7 +205,7 @@ def work(folder: Path, index: int, workers: int) -> None:
     from scaling import launch, ledger
 
     launch.share_cpus(index, workers)
-    launch.work(folder, _prepare(ledger.base_config(folder)))
+    launch.work(folder, _prepare(ledger.base_config(folder)), index / workers)
 
 
 def status(options: StatusOptions) -> None:
@@ -339,7 +339,7 @@ def _experiment(options: Any) -> Any:
     for point in () if getattr(options, "axis", None) else changed.axes:
         ruled = set(point) - set(DERIVED)
         if "depth" in point:
-            ruled |= set(base.ladder.shape(int(point["depth"])))
+            ruled |= set(base.ladder.shape(float(point["depth"])))
         if "compute" in point:
             ruled.add("train.tokens")
         if clash := sorted(given & ruled):
@@ -366,9 +366,8 @@ def _axis(experiment: Any, words: Sequence[str]) -> Any:
     if name not in (*names, *DERIVED):
         raise BadInput(f'axis "{name}" names no field{did_you_mean(name, [*names, *DERIVED])}')
     if name in DERIVED:
-        kind: Any = int if name == "depth" else float
         try:
-            return axis(name, [kind(value) for value in values])
+            return axis(name, [float(value) for value in values])
         except ValueError:
             raise BadInput(f"--axis {name} takes numbers, got {' '.join(values)}") from None
     parsed = []
@@ -406,7 +405,7 @@ def _print_rows(rows: Sequence[dict[str, Any]], json: bool) -> None:
     columns = {
         "id": "{}",
         "status": "{}",
-        "depth": "{}",
+        "depth": "{:g}",
         "N_params": "{:,}",
         "D_tokens": "{:,}",
         "C_flops": "{:.2e}",

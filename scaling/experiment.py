@@ -48,7 +48,7 @@ def chain(*axes: Axes) -> Axes:
     return tuple(itertools.chain(*axes))
 
 
-def isoflop(budgets: Iterable[float], depths: Iterable[int]) -> Axes:
+def isoflop(budgets: Iterable[float], depths: Iterable[float]) -> Axes:
     """Shapes of equal cost: (N, D) pairs with 6 N D = C for each budget C (Hoffmann et al. 2022, approach 2)."""
     return product(axis("compute", budgets), axis("depth", depths))
 
@@ -67,7 +67,7 @@ class Target:
     """The run to forecast: the rung of the ladder nearest the law's optimum at `compute`, or the rung `depth`."""
 
     compute: float
-    depth: int | None = None
+    depth: float | None = None
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def trial(base: Config, rungs: Ladder, point: Point) -> Trial:
     for name, value in point.items():
         if name not in DERIVED and name not in field_names(Config):
             raise BadInput(f'axis "{name}" names no field{did_you_mean(name, [*field_names(Config), *DERIVED])}')
-        overrides |= rungs.shape(int(value)) if name == "depth" else {} if name == "compute" else {name: value}
+        overrides |= rungs.shape(float(value)) if name == "depth" else {} if name == "compute" else {name: value}
     config = override(base, overrides)
     if "compute" in point:
         config = override(

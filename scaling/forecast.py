@@ -14,6 +14,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from llm_jax import files
 from llm_jax.config import BadInput, Config, from_dict, to_dict
 from llm_jax.ladder import Ladder
@@ -25,7 +27,7 @@ MARGIN = 1.25
 """Rungs beyond the largest of the sweep that a target may lie on, as a factor of depth."""
 
 
-def register(folder: Path, compute: float | None, depth: int | None, level: float) -> dict[str, Any]:
+def register(folder: Path, compute: float | None, depth: float | None, level: float) -> dict[str, Any]:
     """Writes forecast.json, or returns the one there if it says the same target for the same ledger.
 
     Raises BadInput while trials are unfinished, where no target is named, and where another forecast is registered: a forecast
@@ -77,7 +79,7 @@ def register(folder: Path, compute: float | None, depth: int | None, level: floa
     return registered
 
 
-def choose_target(folder: Path, table: tables.Table, compute: float, depth: int | None) -> Trial:
+def choose_target(folder: Path, table: tables.Table, compute: float, depth: float | None) -> Trial:
     """The trial at `compute` on the rung `depth`, or on the one nearest N* there: by the power law through the isoFLOP minima where
     two of them lie inside the grid, else by the law."""
     described = ledger.describe(folder)

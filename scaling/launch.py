@@ -50,13 +50,14 @@ def run_trial(folder: Path, trial: Trial, prepared: Prepared, branch_steps: Sequ
     ledger.record(folder, trial, prepared, result)
 
 
-def work(folder: Path, prepared: Prepared, only: Sequence[str] | None = None) -> None:
+def work(folder: Path, prepared: Prepared, start: float = 0.0) -> None:
     """Trains trials of a run until none is left, alone or beside other workers.
 
-    Runs that branch off a trunk wait for the longest of their group, which trains the trunk.
+    Each worker begins at another share `start` of the trials, so that a shape is compiled by one of them. Runs that branch off
+    a trunk wait for the longest of their group, which trains the trunk.
     """
     use_compile_cache()
-    trials = [trial for trial in ledger.trials(folder) if only is None or trial.id in only]
+    trials = ledger.trials(folder)
     leader: dict[str, str] = {}
     branches: dict[str, list[int]] = {}
     for group in trunk_groups(trials, prepared).values():
@@ -64,6 +65,8 @@ def work(folder: Path, prepared: Prepared, only: Sequence[str] | None = None) ->
         leader |= {trial.id: group[0].id for trial in group[1:]}
     # A shape at a time, so that each is compiled once; trunks before their branches.
     order = sorted(trials, key=lambda t: (t.id in leader, t.counts["N_params"], t.counts["D_tokens"], t.id))
+    first = int(start * len(order))
+    order = order[first:] + order[:first]
     total = sum(t.counts["C_flops"] for t in order)
     with progress("sweep", total, "FLOP") as update:
         while True:

@@ -54,6 +54,13 @@ def compiled_call(model: Model, train: Train):
     return make_train_call(step, train.steps_per_call), jax.jit(optimizer.init)
 
 
+@functools.lru_cache
+def _compiled_init(model: Model):
+    # Runs once: on a CPU, half of its compilation would be spent on making it fast.
+    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    return jax.jit(functools.partial(transformer.init, model), compiler_options=options)
+
+
 def _program(train: Train) -> Train:
     """The settings of `train` that the compiled step depends on; horizon, rate, schedule and seed reach it as arguments."""
     names = ("beta1", "beta2", "epsilon", "weight_decay", "clip_norm", "z_loss", "grad_accumulation", "steps_per_call")
@@ -85,7 +92,7 @@ def train(
     """
     num_steps, per_call = cfg.num_steps, cfg.train.steps_per_call
     call, init_opt = compiled_call(cfg.model, _program(cfg.train))
-    params = jax.jit(functools.partial(transformer.init, cfg.model))(jax.random.key(cfg.train.seed))
+    params = _compiled_init(cfg.model)(jax.random.key(cfg.train.seed))
     state = init_state(params, init_opt, cfg.train.seed)
     iterator = pipeline.train_iterator(prepared, cfg.data.context, cfg.rows_per_step, cfg.data.shuffle_seed)
     tokenizer = prepared.tokenizer()
