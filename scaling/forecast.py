@@ -14,8 +14,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from llm_jax import files
 from llm_jax.config import BadInput, Config, from_dict, to_dict
 from llm_jax.ladder import Ladder

@@ -87,7 +87,9 @@ class Attention(nn.Module):
         q_DxNxH = self.param("q", _init(("embed", "heads", "head"), cfg.d_model), (cfg.d_model, heads, width))
         k_DxKxH = self.param("k", _init(("embed", "kv", "head"), cfg.d_model), (cfg.d_model, kv_heads, width))
         v_DxKxH = self.param("v", _init(("embed", "kv", "head"), cfg.d_model), (cfg.d_model, kv_heads, width))
-        out_NxHxD = self.param("out", _init_out(("heads", "head", "embed"), heads * width, cfg.num_layers), (heads, width, cfg.d_model))
+        out_NxHxD = self.param(
+            "out", _init_out(("heads", "head", "embed"), heads * width, cfg.num_layers), (heads, width, cfg.d_model)
+        )
         q_BxTxNxH = jnp.einsum("btd,dnh->btnh", x_BxTxD, q_DxNxH.astype(dtype))
         k_BxTxKxH = jnp.einsum("btd,dkh->btkh", x_BxTxD, k_DxKxH.astype(dtype))
         v_BxTxKxH = jnp.einsum("btd,dkh->btkh", x_BxTxD, v_DxKxH.astype(dtype))
@@ -121,7 +123,9 @@ class MLP(nn.Module):
     def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
         cfg, dtype = self.cfg, x_BxTxD.dtype
         up_DxF = self.param("up", _init(("embed", "mlp"), cfg.d_model), (cfg.d_model, cfg.ff_width))
-        down_FxD = self.param("down", _init_out(("mlp", "embed"), cfg.ff_width, cfg.num_layers), (cfg.ff_width, cfg.d_model))
+        down_FxD = self.param(
+            "down", _init_out(("mlp", "embed"), cfg.ff_width, cfg.num_layers), (cfg.ff_width, cfg.d_model)
+        )
         h_BxTxF = x_BxTxD @ up_DxF.astype(dtype)
         if cfg.mlp == "swiglu":
             gate_DxF = self.param("gate", _init(("embed", "mlp"), cfg.d_model), (cfg.d_model, cfg.ff_width))
