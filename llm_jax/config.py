@@ -258,8 +258,7 @@ class Train:
     final_lr: float = 0.0
     """Learning rate at the end, as a share of the peak."""
     beta1: float = 0.9
-    beta2: float = 0.99
-    """0.95 is usual where a batch holds a million tokens; small batches want a longer memory (Marek et al. 2025)."""
+    beta2: float = 0.95
     epsilon: float = 1e-8
     weight_decay: float = 0.1
     """Decoupled, times the learning rate, on matrices alone."""

@@ -26,6 +26,8 @@ class Ladder:
     """d_model a layer."""
     head_dim: int = 64
     """Wanted; heads divide the width, and there is one where the width is smaller."""
+    num_heads: int | None = None
+    """The same number of heads on every rung, instead of a width of each: for rungs narrower than a head or two."""
 
     def shape(self, depth: float) -> dict[str, int]:
         """Overrides of a Config for one rung. Depth may be a fraction: the width follows it, and the layers are the next whole number.
@@ -36,7 +38,7 @@ class Ladder:
         if depth < 1:
             raise BadInput(f"depth must be at least 1, got {depth}")
         width = max(8, 8 * round(self.aspect * depth / 8))
-        heads = max(1, round(width / self.head_dim))
+        heads = self.num_heads or max(1, round(width / self.head_dim))
         while width % heads:
             heads -= 1
         return {"model.num_layers": max(2, math.ceil(depth)), "model.d_model": width, "model.num_heads": heads}

@@ -228,7 +228,7 @@ def fit(options: FitOptions) -> None:
     from scaling import analysis
 
     found = analysis.fit_table(options.table, options.law, options.objective, options.where, options.bootstrap)
-    print(jsonlib.dumps(found.to_json()) if options.json else found.summary())
+    print(found.to_json() if options.json else found.summary())
 
 
 def forecast(options: ForecastOptions) -> None:
