@@ -14,11 +14,19 @@ extras = $(if $(strip $(1)),[$(subst $(space),$(comma),$(strip $(1)))])
 
 .PHONY: quickstart test lint soak clean
 
+# What the quickstart takes from the command line: make quickstart RUN=runs/seed1 ARGS="--train.seed 1"
+RUN ?= runs/quickstart
+ARGS ?=
+
 quickstart: $(VENV)/installed$(EXTRA)
-	$(BIN)/llm-jax quickstart
+	$(BIN)/llm-jax sweep experiments/quickstart.py --workers 2 --run $(RUN) $(ARGS)
+	$(BIN)/llm-jax fit $(RUN)
+	$(BIN)/llm-jax forecast $(RUN)
+	$(BIN)/llm-jax verify $(RUN)
+	$(BIN)/llm-jax report $(RUN)
 
 test: $(VENV)/dev$(EXTRA) lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n 2
 
 lint: $(VENV)/dev$(EXTRA)
 	$(BIN)/ruff check .

@@ -15,9 +15,9 @@ experiment = Experiment(
     train=Train(schedule="cosine"),
     ladder=Ladder(aspect=16, num_heads=4),
     axes=chain(
-        isoflop(budgets=[1e11], depths=[1, 1.5, 2, 2.5]),
-        isoflop(budgets=[3e11], depths=[1.5, 2, 2.5, 3]),
-        isoflop(budgets=[9e11], depths=[2, 2.5, 3, 3.5]),
+        isoflop(budgets=[6e10], depths=[1, 1.5, 2, 2.5]),
+        isoflop(budgets=[1.8e11], depths=[1.5, 2, 2.5, 3]),
+        isoflop(budgets=[5.4e11], depths=[2, 2.5, 3, 3.5]),
     ),
-    forecast=Target(compute=2.7e12),
+    forecast=Target(compute=1.6e12),
 )

@@ -13,7 +13,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -313,7 +313,7 @@ def generate(options: GenerateOptions) -> None:
     )
 
 
-VERBS = {
+VERBS: dict[str, tuple[Any, Callable[[Any], None]]] = {
     "train": (TrainOptions, train),
     "sweep": (SweepOptions, sweep),
     "status": (StatusOptions, status),
@@ -328,7 +328,7 @@ VERBS = {
 
 def _experiment(options: Any) -> Any:
     """The experiment that the options name, with the command line's config in place of its own."""
-    from scaling.experiment import DERIVED, Experiment, load, trial
+    from scaling.experiment import DERIVED, Experiment, load
 
     base = load(options.experiment)[0] if options.experiment else Experiment()
     changed = dataclasses.replace(
@@ -344,7 +344,6 @@ def _experiment(options: Any) -> Any:
             ruled.add("train.tokens")
         if clash := sorted(given & ruled):
             raise BadInput(f"--{clash[0]} is set by an axis of {options.experiment}; give other points with --axis")
-    del trial
     return changed
 
 
@@ -467,6 +466,7 @@ def _parse(kind: type[Options], words: Sequence[str], verb: str, default: Option
         if word.startswith("-"):
             raise BadInput(f'"{word}" is no option of {verb}{did_you_mean(word, flags)}')
         raise BadInput(f'{verb} does not take "{word}"; see llm-jax {verb} --help')
+    assert found is not None  # only a default that is None could be
     return found
 
 

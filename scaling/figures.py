@@ -189,7 +189,7 @@ def isoflop(trials: Sequence[Row], minima: Sequence[Row], told: Sequence[Row], p
     axes.set(xlabel=N_LABEL, ylabel=LOSS_LABEL)
     drawing.legend(figure, entries, 2)
     caption = "Final loss against total parameters N (tied embedding counted once), one colour a budget C = 6ND (FLOPs)"
-    caption += ", with the standard error of each evaluation"
+    caption += ", with the standard error of each evaluation over documents, which all trials share"
     caption += "; a triangle marks where the parabola in ln N puts the best size." if minima else "."
     if edges:
         caption += f" Hollow: the minimum of {len(edges)} of {len(minima)} budgets lies at the edge of the sizes tried,"
