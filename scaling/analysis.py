@@ -164,43 +164,37 @@ def _parabola(one: Parabola) -> dict[str, Any]:
     )
 
 
-def _bands(found: Analysis, registered: dict[str, Any] | None) -> dict[str, Any]:
-    """N*, D* and the loss along the compute-optimal frontier, with the 95 % band of the bootstrap."""
+def _bands(found: Analysis, registered: dict[str, Any] | None) -> dict[str, Any] | None:
+    """N*, D* and the loss along the compute-optimal frontier, with the 95 % band of the bootstrap; None where the fit has no optimum.
+
+    Resamples whose own fit has none are left out.
+    """
     assert found.bootstrap is not None
     compute = found.table.column("C_flops")
     top = max(compute.max(), registered["target"]["C"] if registered else 0.0)
     c_C = np.geomspace(compute.min() / 1.3, top * 1.3, BAND_POINTS)
-    n_C, d_C = (np.asarray(x) for x in zip(*(laws.optimum(found.fit.parameters, float(c)) for c in c_C), strict=True))
-    samples = [
-        dict(zip(found.bootstrap.parameters, values, strict=True))
-        for values in zip(*found.bootstrap.parameters.values(), strict=True)
-    ]
-    n_SxC = np.asarray([[laws.optimum(one, float(c))[0] for c in c_C] for one in samples])
-    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
-        d_SxC = c_C / 6 / n_SxC
-        loss_SxC = np.asarray(
-            [
-                one["E"] + one["A"] / n ** one["alpha"] + one["B"] / d ** one["beta"]
-                for one, n, d in zip(samples, n_SxC, d_SxC, strict=True)
-            ]
-        )
-
-    def band(values_SxC: np.ndarray) -> list[list[float]]:
-        return [np.nanquantile(values_SxC, q, axis=0).tolist() for q in (0.025, 0.975)]
-
-    (n_low, n_high), (d_low, d_high), (loss_low, loss_high) = band(n_SxC), band(d_SxC), band(loss_SxC)
-    return {
+    samples = found.bootstrap.parameters
+    usable = np.all([samples[name] > 0 for name in ("A", "B", "alpha", "beta")], axis=0)
+    try:
+        n_C, d_C = np.asarray([laws.optimum(found.fit.parameters, float(c)) for c in c_C]).T
+    except BadInput:
+        return None
+    if not usable.any():
+        return None
+    rows = [{name: values[i] for name, values in samples.items()} for i in np.flatnonzero(usable)]
+    n_SxC, d_SxC = np.moveaxis(np.asarray([[laws.optimum(row, float(c)) for c in c_C] for row in rows]), -1, 0)
+    part = {name: values[usable][:, None] for name, values in samples.items()}
+    loss_SxC = part["E"] + part["A"] / n_SxC ** part["alpha"] + part["B"] / d_SxC ** part["beta"]
+    bands = {
         "C": c_C.tolist(),
-        "N_opt": n_C.tolist(),
-        "N_low": n_low,
-        "N_high": n_high,
-        "D_opt": d_C.tolist(),
-        "D_low": d_low,
-        "D_high": d_high,
         "loss": found.fit.predict(n_C, d_C).tolist(),
-        "loss_low": loss_low,
-        "loss_high": loss_high,
+        "N_opt": n_C.tolist(),
+        "D_opt": d_C.tolist(),
     }
+    for name, values_SxC in (("N", n_SxC), ("D", d_SxC), ("loss", loss_SxC)):
+        low_C, high_C = np.quantile(values_SxC, [0.025, 0.975], axis=0)
+        bands |= {f"{name}_low": low_C.tolist(), f"{name}_high": high_C.tolist()}
+    return bands
 
 
 def _curve(folder: Path, trial_id: str) -> dict[str, list[float]]:

@@ -450,7 +450,7 @@ def _parse(kind: type[Options], words: Sequence[str], verb: str, default: Option
         with contextlib.redirect_stderr(said):
             found, unknown = tyro.cli(
                 kind,
-                args=list(words),
+                args=_plain_numbers(words),
                 default=default,
                 prog=f"llm-jax {verb}",
                 use_underscores=True,

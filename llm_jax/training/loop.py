@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import time
@@ -105,64 +106,60 @@ def train(
         bos=tokenizer.bos,
         document_mask=cfg.data.document_mask,
     )
-    checkpoints = Checkpoints(folder / "checkpoints")
-    trunk = (
-        Checkpoints(trunks / trunk_key(cfg, prepared.fingerprint), keep=None)
-        if trunks and cfg.train.schedule == "wsd"
-        else None
-    )
-    first_step = 0
-    if saved := checkpoints.steps():
-        state = checkpoints.restore(saved[-1], state, iterator)
-        first_step = files.read_json(folder / "start.json")["first_step"] if (folder / "start.json").exists() else 0
-    elif trunk and (past := [step for step in trunk.steps() if step <= cooldown_start(cfg.train, num_steps)]):
-        first_step = past[-1]
-        state = trunk.restore(first_step, state, iterator)
-        files.write_json(folder / "start.json", {"first_step": first_step})
+    with contextlib.ExitStack() as stack:  # whatever ends the run, a save under way is finished first
+        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(folder / "checkpoints")))
+        trunk = None
+        if trunks and cfg.train.schedule == "wsd":
+            key = trunk_key(cfg, prepared.fingerprint)
+            trunk = stack.enter_context(contextlib.closing(Checkpoints(trunks / key, keep=None)))
+        first_step = 0
+        if saved := checkpoints.steps():
+            state = checkpoints.restore(saved[-1], state, iterator)
+            first_step = files.read_json(folder / "start.json")["first_step"] if (folder / "start.json").exists() else 0
+        elif trunk and (past := [step for step in trunk.steps() if step <= cooldown_start(cfg.train, num_steps)]):
+            first_step = past[-1]
+            state = trunk.restore(first_step, state, iterator)
+            files.write_json(folder / "start.json", {"first_step": first_step})
 
-    step = int(state.step)
-    metrics = Metrics(folder, step)
-    branch_steps = [s for s in branch_steps if trunk and s not in trunk.steps()]
-    stops = sorted({num_steps, *branch_steps} - {0})
-    pending: tuple[int, int, Any] | None = None
-    bad_step = None
-    clock: tuple[int, float] | None = None  # (step, time) after the first call, which compiles
-    started = time.perf_counter()
-    while step < num_steps and bad_step is None:
-        n = min(per_call - step % per_call, next(s for s in stops if s > step) - step)
-        tokens_CxBxT = np.zeros((per_call, cfg.rows_per_step, cfg.data.context + 1), np.int32)
-        for i in range(n):
-            tokens_CxBxT[i] = next(iterator)
-        rates_C = np.zeros(per_call, np.float32)
-        rates_C[:n] = learning_rates(cfg.train, num_steps, np.arange(step, step + n))
-        batches = pretrain.make_batch(tokens_CxBxT, tokenizer.bos, cfg.data.document_mask)
-        state, new = call(state, batches, rates_C, n)
-        # The call runs while the metrics of the one before are written and the next rows are read.
-        if pending:
-            bad_step = metrics.write(cfg, *pending)
-            clock = clock or (pending[0] + pending[1], time.perf_counter())
-            progress(pending[0] + pending[1], num_steps, metrics.last_loss)
-        pending, step = (step, n, new | {"learning_rate": rates_C}), step + n
-        boundary = step % cfg.train.checkpoint_every < n or step == num_steps or step in branch_steps
-        evaluates = cfg.train.eval_every and step % cfg.train.eval_every < n and step < num_steps
-        if bad_step is None and (boundary or evaluates):
-            bad_step, pending = metrics.write(cfg, *pending), None
-            progress(step, num_steps, metrics.last_loss)
-            if bad_step is None and evaluates:
-                metrics.write_evaluation(step, cfg, evaluate(params=state.params))
-            if bad_step is None and boundary:
-                metrics.flush()
-                checkpoints.save(step, state, iterator)
-                if trunk and step in branch_steps:
-                    trunk.save(step, state, iterator)
-    ended = time.perf_counter()
-    evaluation = evaluate(params=state.params) if bad_step is None else None
-    if evaluation:
-        metrics.write_evaluation(step, cfg, evaluation)
-    metrics.close()
-    for manager in (checkpoints, trunk):
-        if manager:
-            manager.close()
+        step = int(state.step)
+        metrics = stack.enter_context(contextlib.closing(Metrics(folder, step)))
+        branch_steps = [s for s in branch_steps if trunk and s not in trunk.steps()]
+        stops = sorted({num_steps, *branch_steps} - {0})
+        pending: tuple[int, int, Any] | None = None
+        bad_step = None
+        clock: tuple[int, float] | None = None  # (step, time) after the first call, which compiles
+        started = time.perf_counter()
+        while step < num_steps and bad_step is None:
+            n = min(per_call - step % per_call, next(s for s in stops if s > step) - step)
+            tokens_CxBxT = np.zeros((per_call, cfg.rows_per_step, cfg.data.context + 1), np.int32)
+            for i in range(n):
+                tokens_CxBxT[i] = next(iterator)
+            rates_C = np.zeros(per_call, np.float32)
+            rates_C[:n] = learning_rates(cfg.train, num_steps, np.arange(step, step + n))
+            batches = pretrain.make_batch(tokens_CxBxT, tokenizer.bos, cfg.data.document_mask)
+            state, new = call(state, batches, rates_C, n)
+            # The call runs while the metrics of the one before are written and the next rows are read.
+            if pending:
+                bad_step = metrics.write(cfg, *pending)
+                clock = clock or (pending[0] + pending[1], time.perf_counter())
+                progress(pending[0] + pending[1], num_steps, metrics.last_loss)
+            pending, step = (step, n, new | {"learning_rate": rates_C}), step + n
+            boundary = step % cfg.train.checkpoint_every < n or step == num_steps or step in branch_steps
+            evaluates = cfg.train.eval_every and step % cfg.train.eval_every < n and step < num_steps
+            if bad_step is None and (boundary or evaluates):
+                bad_step, pending = metrics.write(cfg, *pending), None
+                progress(step, num_steps, metrics.last_loss)
+                if bad_step is None and evaluates:
+                    metrics.write_evaluation(step, cfg, evaluate(params=state.params))
+                if bad_step is None and boundary:
+                    metrics.flush()
+                    if trunk and step in branch_steps:  # first: a kill between the two must not lose the branch
+                        trunk.save(step, state, iterator)
+                    checkpoints.save(step, state, iterator)
+        ended = time.perf_counter()
+        evaluation = evaluate(params=state.params) if bad_step is None else None
+        if evaluation:
+            metrics.write_evaluation(step, cfg, evaluation)
     timing: dict[str, Any] = {"first_step": first_step, "seconds": ended - started}
     if clock and step > clock[0]:
         timing["tokens_per_second"] = (step - clock[0]) * int(cfg.train.tokens_per_step) / (ended - clock[1])

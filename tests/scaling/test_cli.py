@@ -86,8 +86,8 @@ def test_the_main_job(experiment, capsys, tmp_path):
     assert verdict["error_relative"] == pytest.approx((verdict["measured"] - predicted) / predicted)
     assert json.loads((folder / "verify.json").read_text()) == verdict
 
-    status, out, _ = run(capsys, "report", folder)
-    assert status == 0
+    status, out, err = run(capsys, "report", folder)
+    assert status == 0, err
     assert "L = E + A / N^alpha" in out
     assert "measured" in out
     assert out.strip().splitlines()[-1] == str(folder / "report.html")
@@ -204,6 +204,7 @@ def test_data_says_what_it_holds(experiment, capsys):
     assert "tokenizer  bytes" in out
 
 
+@pytest.mark.usefixtures("mixed_dtypes")
 def test_two_workers_share_a_sweep(experiment, capsys, tmp_path):
     status, out, _ = run(
         capsys, "sweep", experiment, "--workers", 2, "--axis", "depth", 1, 2, "--axis", "compute", 3e8, 6e8, "--json"
