@@ -1,6 +1,10 @@
 """What do N parameters and D bytes of Python buy? Small models on the standard library's own sources.
 
-make quickstart
+    make quickstart
+
+Two CPU cores, 283 seconds: twelve trials of 10 k to 165 k parameters, 3.1e12 FLOPs, and the target of 1.6e12. Measured 2026-11-22 on
+Python 3.11's library, seed 0: N* = 2.2e4 .. 5.5e4 inside the grid of each budget; forecast for N = 95,640, D = 2,788,480:
+1.4488 [1.4091, 1.4896] nats per token; trained: 1.4572.
 """
 
 from llm_jax.config import Data, Model, Train
