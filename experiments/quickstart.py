@@ -2,9 +2,9 @@
 
     make quickstart
 
-Two CPU cores, 283 seconds: twelve trials of 10 k to 165 k parameters, 3.1e12 FLOPs, and the target of 1.6e12. Measured 2026-11-22 on
-Python 3.11's library, seed 0: N* = 2.3e4, 3.9e4, 5.5e4 inside the grid of each budget; forecast for N = 95,640, D = 2,788,480:
-1.4488 [1.4091, 1.4896] nats per token; trained: 1.4572.
+Two CPU cores, 330 seconds with the installation: twelve trials of 10 k to 165 k parameters, 3.1e12 FLOPs, and the target of 1.6e12.
+Measured 2026-11-22 on Python 3.11's library, seed 0: N* = 2.3e4, 3.9e4, 5.5e4, inside the grid of each budget; forecast for
+N = 95,640, D = 2,788,480: 1.4488 [1.4091, 1.4896] nats per token; trained: 1.4572.
 """
 
 from llm_jax.config import Data, Model, Train
