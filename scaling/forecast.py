@@ -14,6 +14,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from llm_jax import files
 from llm_jax.config import BadInput, Config, from_dict, to_dict
 from llm_jax.ladder import Ladder
@@ -93,10 +95,10 @@ def choose_target(folder: Path, table: tables.Table, compute: float, depth: floa
     except BadInput:
         law = laws.by_name(described["law"])
         best = laws.optimum(fitting.fit(law, table).parameters, compute)[0]
-    candidates = [
-        trial(base, rungs, {"depth": k, "compute": compute})
-        for k in range(min(known), math.ceil(MARGIN * max(known)) + 1)
-    ]
+    rungs_known = np.unique(np.asarray(known, float))
+    gap = float(np.diff(rungs_known).min()) if len(rungs_known) > 1 else 1.0
+    depths = np.arange(rungs_known[0], MARGIN * rungs_known[-1] + 1, gap).tolist()
+    candidates = [trial(base, rungs, {"depth": one, "compute": compute}) for one in depths]
     return min(candidates, key=lambda one: abs(math.log(one.counts["N_params"] / best)))
 
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_jax import files
-from llm_jax.config import BadInput, Config, from_dict, to_dict
+from llm_jax.config import BadInput, Config, did_you_mean, from_dict, to_dict
 from llm_jax.data.prepare import Prepared
 from scaling.experiment import Experiment, Trial
 
@@ -98,8 +98,6 @@ def describe(folder: Path) -> dict[str, Any]:
             if folder.parent.is_dir()
             else []
         )
-        from llm_jax.config import did_you_mean
-
         raise BadInput(
             f"{folder} is no run directory{did_you_mean(str(folder), runs) if runs else '; make one with llm-jax sweep'}"
         )
