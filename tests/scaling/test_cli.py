@@ -24,7 +24,7 @@ experiment = Experiment(
     data=Data(source="files", files=("{corpus}/*",), context=32, eval_tokens=1024, val_fraction=0.2),
     train=Train(steps_per_call=16),
     ladder=Ladder(aspect=8),
-    axes=isoflop([3e8, 6e8, 1.2e9], [1.5, 2, 2.5]),
+    axes=isoflop([3e8, 6e8, 1.2e9], [1.0, 2.0, 3.0]),
     forecast=Target(compute=2.4e9),
 )
 '''
