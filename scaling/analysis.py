@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import platform
@@ -14,9 +15,10 @@ import numpy as np
 from llm_jax import files
 from llm_jax.config import BadInput
 from scaling import fit as fitting
-from scaling import forecast, laws, ledger, report, tables, uncertainty
-from scaling.fit import Fit, Parabola
-from scaling.tables import Table
+from scaling import forecast, isoflop, laws, ledger, report, tables, uncertainty
+from scaling.fit import Fit
+from scaling.isoflop import Parabola
+from scaling.tables import Table, finite
 from scaling.uncertainty import Bootstrap
 
 MANY_EPOCHS = 4
@@ -39,11 +41,10 @@ class Analysis:
         parameters = {}
         for name, value in self.fit.parameters.items():
             interval = self.bootstrap.intervals[name] if self.bootstrap else None
-            unbounded = any(warning.startswith(f"{name} is at its") for warning in self.fit.warnings)
             parameters[name] = {
                 "value": value,
                 "interval": list(interval) if interval else None,
-                "unbounded": unbounded,
+                "unbounded": name in self.fit.at_bound,
             }
         found: dict[str, Any] = {
             "law": self.fit.law.name,
@@ -58,11 +59,13 @@ class Analysis:
         return found
 
     def to_json(self) -> str:
-        return json.dumps(_finite(self.to_dict()))
+        """`to_dict` on one line."""
+        return json.dumps(finite(self.to_dict()))
 
     def summary(self) -> str:
-        text = self.fit.summary(self.bootstrap.intervals if self.bootstrap else None)
-        text = "\n".join(line for line in text.splitlines() if not line.strip().startswith("warning:"))
+        """What `llm-jax fit` prints for people: the law, its numbers, the isoFLOP minima, then all warnings."""
+        fitted = dataclasses.replace(self.fit, warnings=())  # they are among ours
+        text = fitted.summary(self.bootstrap.intervals if self.bootstrap else None)
         for one in self.parabolas:
             low, high = one.n_interval
             within = f" [{low:.3g}, {high:.3g}]" if math.isfinite(low) and math.isfinite(high) and low > 0 else ""
@@ -77,7 +80,7 @@ def analyse(table: Table, law: str, objective: str, samples: int) -> Analysis:
     fitted = fitting.fit(laws.by_name(law), table, objective)
     boot = uncertainty.bootstrap(fitted, table, samples) if samples else None
     try:
-        parabolas = fitting.isoflop(table)
+        parabolas = isoflop.parabolas(table)
     except BadInput:
         parabolas = []
     warnings = [*fitted.warnings, *(one.warning for one in parabolas if one.warning)]
@@ -103,7 +106,7 @@ def fit_table(path: Path, law: str, objective: str, where: str, samples: int) ->
         table = table.where(where)
     found = analyse(table, law, objective, samples)
     if path.is_dir() and not where:
-        files.write_json(path / "fit.json", _finite(found.to_dict()))
+        files.write_json(path / "fit.json", finite(found.to_dict()))
     return found
 
 
@@ -127,9 +130,9 @@ def write_report(folder: Path) -> tuple[Path, str]:
     content = report.Content(
         title=described["name"],
         docstring=described["docstring"],
-        trials=[_finite(row) for row in rows],
+        trials=[finite(row) for row in rows],
         curves={row["id"]: _curve(folder, row["id"]) for row in rows},
-        fit=_finite(found.to_dict()) if found else None,
+        fit=finite(found.to_dict()) if found else None,
         isoflop=[_parabola(one) for one in found.parabolas] if found else [],
         bands=_bands(found, known["forecast"]) if found and found.bootstrap else None,
         forecast=known["forecast"],
@@ -150,8 +153,7 @@ def write_report(folder: Path) -> tuple[Path, str]:
 
 
 def _parabola(one: Parabola) -> dict[str, Any]:
-    edge = None if not one.warning else "low" if "smaller" in one.warning else "high"
-    return _finite(
+    return finite(
         {
             "budget": one.budget,
             "coefficients": list(one.coefficients),
@@ -159,7 +161,7 @@ def _parabola(one: Parabola) -> dict[str, Any]:
             "N_opt_interval": list(one.n_interval),
             "D_opt": one.d_opt,
             "loss_opt": one.loss_opt,
-            "edge": edge,
+            "edge": one.edge,
         }
     )
 
@@ -234,14 +236,3 @@ def _facts(folder: Path, described: dict[str, Any], rows: list[dict[str, Any]]) 
         facts["hardware"] = "; ".join(hardware)
     facts["ledger"] = f"sha256 {ledger.sha256(folder)[:12]}"
     return facts
-
-
-def _finite(value: Any) -> Any:
-    """NaN and infinity have no JSON; None says that there is no number."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

@@ -1,4 +1,4 @@
-"""How the figures of a report look: style, colours, marks, axes, and a Plot as SVG, PNG and CSV.
+"""How the figures of a report look: style, colours, marks, axes, and a Plot as SVG and PNG.
 
 Panels are 3.4 inches wide, the column of a two-column paper; figures with two panels are 7. Colours are perceptually
 even and safe for colour-blind readers: viridis for budgets, plasma for N, cividis for D. Matplotlib is imported inside
@@ -7,7 +7,6 @@ functions, so that importing this module costs nothing.
 
 from __future__ import annotations
 
-import csv
 import io
 import math
 import re
@@ -57,6 +56,13 @@ STYLE: Any = {
 }
 
 
+def style() -> Any:
+    """The context in which figures are drawn."""
+    import matplotlib
+
+    return matplotlib.rc_context(STYLE)
+
+
 @dataclass(frozen=True)
 class Plot:
     """A figure, what to see in it, and its numbers: one dict a CSV line, of which `series` says what the line is."""
@@ -88,6 +94,7 @@ def power(value: float) -> str:
 
 
 def is_number(value: Any) -> bool:
+    """True for an int or a float that is finite."""
     return isinstance(value, int | float) and math.isfinite(value)
 
 
@@ -128,6 +135,7 @@ def log_scale(values: Iterable[float], colormap: str) -> Any:
 
 
 def color_bar(figure: Figure, axes: Axes, scale: Any, label: str) -> None:
+    """The key of a `log_scale`, with round places labelled as by `eng`."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     bar = figure.colorbar(scale, ax=axes, pad=0.02, aspect=28)
@@ -158,6 +166,7 @@ def budget_bar(figure: Figure, axes: Axes, color: Mapping[float, Any]) -> None:
 
 
 def new_figure(panels: int = 1, height: float = 2.9) -> tuple[Figure, list[Axes]]:
+    """A figure with panels side by side; the height is in inches."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(3.4 if panels == 1 else 7.0, height), layout="constrained")
@@ -206,6 +215,7 @@ def set_log_axis(axis: Any, values: Iterable[float], text: Callable[[float], str
 
 
 def set_loss_axis(axes: Axes, values: Iterable[float]) -> None:
+    """A linear axis over the values and a margin."""
     from matplotlib.ticker import MaxNLocator
 
     values = [v for v in values if is_number(v)]
@@ -225,26 +235,31 @@ def legend(figure: Figure, entries: Mapping[str, Any], columns: int) -> None:
 
 
 def key(color: Any, shape: str, size: float = 4, face: Any = None) -> Any:
+    """A mark of any shape; the face has the colour of the edge unless given."""
     from matplotlib.lines import Line2D
 
     return Line2D([], [], color=color, marker=shape, ls="", ms=size, mew=0.7, mfc=color if face is None else face)
 
 
 def key_line(color: Any, dash: Any = "-") -> Any:
+    """A line."""
     from matplotlib.lines import Line2D
 
     return Line2D([], [], color=color, linestyle=dash)
 
 
 def key_star() -> Any:
+    """Of `star`."""
     return key(FORECAST, "*", 8, face="white")
 
 
 def key_diamond() -> Any:
+    """Of `diamond`."""
     return key("black", "D", 3.4)
 
 
 def key_minimum(hollow: bool = False) -> Any:
+    """Of `pointer`; hollow where the minimum was not bracketed."""
     return key("black", "v", 4.5, face="white" if hollow else "#bbbbbb")
 
 
@@ -273,10 +288,12 @@ def dots(axes: Axes, x: Any, y: np.ndarray, error: np.ndarray, colors: Iterable[
 
 
 def star(axes: Axes, x: float, y: float) -> None:
+    """A forecast."""
     axes.scatter([x], [y], s=80, marker="*", c="white", edgecolors=FORECAST, linewidths=0.9, zorder=6)
 
 
 def diamond(axes: Axes, x: float, y: float) -> None:
+    """What was measured for a forecast."""
     axes.scatter([x], [y], s=11, marker="D", c="black", linewidths=0, zorder=8)
 
 
@@ -287,10 +304,12 @@ def pointer(axes: Axes, x: float, y: float, color: Any) -> None:
 
 
 def ring(axes: Axes, x: float, y: float, color: Any) -> None:
+    """The minimum of an isoFLOP curve on axes of its own."""
     axes.scatter([x], [y], s=22, marker="o", c=[color], edgecolors="black", linewidths=0.7, zorder=4.5)
 
 
 def band(axes: Axes, x: np.ndarray, y: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
+    """A line with the interval around it."""
     axes.fill_between(x, low, high, color=LAW, alpha=0.16, linewidth=0, zorder=1)
     axes.plot(x, y, color=LAW, zorder=2)
 
@@ -315,20 +334,7 @@ def svg(plot: Plot) -> str:
 
 def png(plot: Plot) -> bytes:
     """At 300 dots an inch."""
-    import matplotlib
-
     buffer = io.BytesIO()
-    with matplotlib.rc_context(STYLE):
+    with style():
         plot.figure.savefig(buffer, format="png", dpi=300, metadata={"Software": None})
-    return buffer.getvalue()
-
-
-def table(plot: Plot) -> str:
-    """The rows as CSV; floats keep every digit."""
-    buffer = io.StringIO()
-    names = list(dict.fromkeys(name for row in plot.rows for name in row))
-    writer = csv.DictWriter(buffer, names, lineterminator="\n", restval="")
-    writer.writeheader()
-    for row in plot.rows:
-        writer.writerow({k: v.item() if isinstance(v, np.generic) else v for k, v in row.items()})
     return buffer.getvalue()

@@ -72,6 +72,8 @@ class Target:
 
 @dataclass(frozen=True)
 class Experiment:
+    """What a sweep trains: a base config, the axes that vary it, the law to fit and the run to forecast."""
+
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
     train: Train = field(default_factory=Train)
@@ -82,6 +84,7 @@ class Experiment:
 
     @property
     def config(self) -> Config:
+        """The base config, before axes and rules."""
         return Config(self.model, self.data, self.train)
 
 
@@ -94,10 +97,12 @@ class Trial:
 
     @property
     def id(self) -> str:
+        """The fingerprint of the config."""
         return fingerprint(self.config)
 
     @property
     def counts(self) -> dict[str, float]:
+        """N, D and C under each convention, by column of the ledger."""
         return cost.counts(self.config.model, self.config.data.context, int(self.config.train.tokens))
 
 

@@ -1,19 +1,17 @@
 """The figures of a scaling report, each a function of plain rows of numbers; None where there is nothing to draw.
 
 Conventions in all of them: N counts every parameter, a tied embedding once; C = 6ND FLOPs; losses are nats per token.
-Draw them inside `style()`.
+Draw them inside `drawing.style()`.
 """
 
 from __future__ import annotations
 
-import ast
-import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from scaling import drawing
+from scaling import drawing, expressions
 from scaling.drawing import (
     DASHED,
     DOTTED,
@@ -44,21 +42,6 @@ N_LABEL = "parameters $N$ (total, tied embedding counted once)"
 D_LABEL = "training tokens $D$"
 C_LABEL = r"training compute $C = 6ND$ (FLOPs)"
 LOSS_LABEL = "loss (nats per token)"
-OPERATORS: dict[type, Callable] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.Pow: operator.pow,
-    ast.USub: operator.neg,
-}
-
-
-def style() -> Any:
-    """The context in which figures are drawn."""
-    import matplotlib
-
-    return matplotlib.rc_context(drawing.STYLE)
 
 
 def predictor(fit: Row | None) -> Predict | None:
@@ -68,19 +51,17 @@ def predictor(fit: Row | None) -> Predict | None:
     """
     if not fit:
         return None
-    letters = {name: p["value"] for name, p in fit["parameters"].items()}
-    tree = ast.parse(fit["formula"].split("=")[-1].replace("^", "**").strip(), mode="eval").body
-    if {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)} - {"N", "D", *letters}:
+    formula, letters = fit["formula"], {name: np.float64(p["value"]) for name, p in fit["parameters"].items()}
+    origin = f'formula "{formula}"'
+    tree = expressions.parse(formula.split("=")[-1].replace("^", "**"), origin, "L = E + A / N^alpha + B / D^beta")
+    if expressions.names(tree) - {"N", "D", *letters}:
         return None
 
-    def value(node: Any, names: Mapping[str, Any]) -> Any:
-        if isinstance(node, ast.BinOp):
-            return OPERATORS[type(node.op)](value(node.left, names), value(node.right, names))
-        if isinstance(node, ast.UnaryOp):
-            return OPERATORS[type(node.op)](value(node.operand, names))
-        return names[node.id] if isinstance(node, ast.Name) else float(ast.literal_eval(node))
+    def predict(n: Any, d: Any) -> np.ndarray:
+        values = letters | {"N": np.asarray(n, np.float64), "D": np.asarray(d, np.float64)}
+        return expressions.number(tree, values.__getitem__, origin)
 
-    return lambda n, d: value(tree, letters | {"N": np.asarray(n, np.float64), "D": np.asarray(d, np.float64)})
+    return predict
 
 
 def finished(trials: Iterable[Row]) -> list[Row]:
@@ -90,6 +71,7 @@ def finished(trials: Iterable[Row]) -> list[Row]:
 
 
 def trial_rows(trials: Sequence[Row], **more: Any) -> list[Row]:
+    """The trials as rows of a figure, with N, D and C for short; `more` are further columns."""
     ledger = {"N": "N_params", "D": "D_tokens", "C": "C_flops"}
     names = ("id", "budget", "N", "D", "C", "loss", "loss_se")
     return series("trial", **{n: [t.get(ledger.get(n, n)) for t in trials] for n in names}, **more)
@@ -113,6 +95,7 @@ def heights(done: Iterable[Row], told: Iterable[Row]) -> list[float]:
 
 
 def draw_trials(axes: Any, done: Sequence[Row], x: str, colors: Iterable[Any]) -> None:
+    """Loss against the column `x`, with standard errors."""
     drawing.dots(axes, column(done, x), column(done, "loss"), column(done, "loss_se"), colors)
 
 

@@ -20,7 +20,7 @@ from llm_jax import files
 from llm_jax.config import BadInput, Config, from_dict, to_dict
 from llm_jax.ladder import Ladder
 from scaling import fit as fitting
-from scaling import laws, ledger, tables, uncertainty
+from scaling import isoflop, laws, ledger, tables, uncertainty
 from scaling.experiment import Experiment, Trial, trial
 
 MARGIN = 1.25
@@ -34,7 +34,7 @@ def register(folder: Path, compute: float | None, depth: float | None, level: fl
     that may be changed afterwards is none.
     """
     described = ledger.describe(folder)
-    open_trials = [row["id"] for row in ledger.rows(folder) if row["status"] not in ("done", "failed")]
+    open_trials = [row["id"] for row in ledger.rows(folder) if row["status"] not in ledger.ENDED]
     if open_trials:
         raise BadInput(
             f"{folder}: {len(open_trials)} trials have not ended, {open_trials[0]} first; run the same llm-jax sweep again"
@@ -90,7 +90,7 @@ def choose_target(folder: Path, table: tables.Table, compute: float, depth: floa
     if not known:
         raise BadInput("the trials lie on no ladder; give --depth for the run to forecast")
     try:
-        line = fitting.frontier(fitting.isoflop(table))
+        line = isoflop.frontier(isoflop.parabolas(table))
         best = line.coefficient * compute**line.exponent
     except BadInput:
         law = laws.by_name(described["law"])

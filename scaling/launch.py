@@ -71,13 +71,13 @@ def work(folder: Path, prepared: Prepared, start: float = 0.0) -> None:
     with progress("sweep", total, "FLOP") as update:
         while True:
             state = {trial.id: ledger.status(folder, trial.id) for trial in order}
-            done = sum(t.counts["C_flops"] for t in order if state[t.id] in ("done", "failed"))
-            left = [t for t in order if state[t.id] not in ("done", "failed")]
+            done = sum(t.counts["C_flops"] for t in order if state[t.id] in ledger.ENDED)
+            left = [t for t in order if state[t.id] not in ledger.ENDED]
             if not left:
                 ledger.write_table(folder)  # again: another worker's last result may have come after our last table
                 return
             for trial in left:
-                if state.get(leader.get(trial.id, ""), "done") not in ("done", "failed"):
+                if state.get(leader.get(trial.id, ""), "done") not in ledger.ENDED:
                     continue
                 with ledger.claim(folder, trial.id) as mine:
                     if mine:

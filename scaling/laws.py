@@ -1,4 +1,4 @@
-"""Scaling laws: a formula, its source, and what the solver in fit.py needs of it.
+"""Scaling laws: a formula, its source, and what solver.py needs of it.
 
 Letters of array names in scaling/: S problems side by side, P parameters of a law, K columns a law reads, R rows.
 """

@@ -13,9 +13,7 @@ RUN/trials/<fingerprint>/
 from __future__ import annotations
 
 import contextlib
-import csv
 import hashlib
-import io
 import json
 import math
 import os
@@ -28,9 +26,14 @@ from typing import Any
 from llm_jax import files
 from llm_jax.config import BadInput, Config, did_you_mean, from_dict, to_dict
 from llm_jax.data.prepare import Prepared
-from scaling.experiment import Experiment, Trial
+from scaling import tables
+from scaling.experiment import DERIVED, Experiment, Trial
 
+ENDED = ("done", "failed")
+"""A trial of this status is trained no further."""
 RESULT_COLUMNS = ("loss", "loss_se", "bits_per_byte")
+TIMING = ("seconds", "tokens_per_second", "first_step", "hardware")
+"""Columns that differ from machine to machine."""
 
 
 def create(
@@ -51,12 +54,12 @@ def create(
         "tokenizer_sha256": prepared.tokenizer_sha256,
         "entropy": prepared.entropy,
     }
-    check(folder, described)
+    check(folder, described)  # before the folder is made
     with files.locked(folder / ".lock"):
-        check(folder, described)
+        check(folder, described)  # another process may have made it meanwhile
         files.write_json(folder / "experiment.json", described)
         for trial in trials:
-            path = _path(folder, trial.id) / "trial.json"
+            path = trial_folder(folder, trial.id) / "trial.json"
             if not path.exists():
                 files.write_json(path, {"config": to_dict(trial.config), "point": dict(trial.point)})
 
@@ -65,7 +68,7 @@ def check(folder: Path, described: dict[str, Any]) -> None:
     """Raises BadInput where `folder` is a run of something else, naming the first thing that differs."""
     path = folder / "experiment.json"
     if not path.exists():
-        if folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
+        if folder.exists() and any(not found.name.startswith(".") for found in folder.iterdir()):
             raise BadInput(f"{folder} is not empty and no run directory; nearest that is free: {_free(folder)}")
         return
     known = files.read_json(path)
@@ -105,16 +108,13 @@ def describe(folder: Path) -> dict[str, Any]:
 
 
 def base_config(folder: Path) -> Config:
+    """The config that the axes of a run vary. Raises BadInput where `folder` is no run directory."""
     return from_dict(Config, describe(folder)["config"])
 
 
-def _path(folder: Path, trial_id: str) -> Path:
-    return folder / "trials" / trial_id
-
-
 def trial_folder(folder: Path, trial_id: str) -> Path:
-    """Where a trial keeps its metrics and checkpoints."""
-    return _path(folder, trial_id)
+    """Where a trial keeps its config, its result, its metrics and its checkpoints."""
+    return folder / "trials" / trial_id
 
 
 def trials(folder: Path) -> list[Trial]:
@@ -129,7 +129,7 @@ def trials(folder: Path) -> list[Trial]:
 @contextlib.contextmanager
 def claim(folder: Path, trial_id: str) -> Iterator[bool]:
     """Holds a trial for this worker; yields False where another holds it or it has a result."""
-    path = _path(folder, trial_id)
+    path = trial_folder(folder, trial_id)
     with files.locked(path / "lock", wait=False) as mine:
         if mine and not (path / "result.json").exists():
             owner = {"host": socket.gethostname(), "pid": os.getpid()}
@@ -141,7 +141,7 @@ def claim(folder: Path, trial_id: str) -> Iterator[bool]:
 
 def status(folder: Path, trial_id: str) -> str:
     """ "done", "failed", "running" (a live worker holds it), "stopped" (it has a checkpoint and nobody holds it) or "waiting"."""
-    path = _path(folder, trial_id)
+    path = trial_folder(folder, trial_id)
     if (path / "result.json").exists():
         return files.read_json(path / "result.json")["status"]
     if not (path / "lock").exists():
@@ -152,7 +152,7 @@ def status(folder: Path, trial_id: str) -> str:
 
 def record(folder: Path, trial: Trial, prepared: Prepared, result: Any) -> None:
     """Writes a trial's result, once, and the table."""
-    path = _path(folder, trial.id)
+    path = trial_folder(folder, trial.id)
     fixed = {"status": result.status, "reason": result.reason}
     if result.status == "done":
         fixed |= {"loss": result.loss, "loss_se": result.standard_error, "bits_per_byte": result.bits_per_byte}
@@ -193,10 +193,11 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     """One dict a trial, cheap ones first: id, status, the point, counts under each convention, settings, and the result."""
     found = []
     for trial in trials(folder):
-        path = _path(folder, trial.id)
+        path = trial_folder(folder, trial.id)
         state = status(folder, trial.id)
-        result = files.read_json(path / "result.json") if (path / "result.json").exists() else {}
-        timing = files.read_json(path / "timing.json") if (path / "timing.json").exists() else {}
+        result, timing = (
+            files.read_json(path / name) if (path / name).exists() else {} for name in ("result.json", "timing.json")
+        )
         train = trial.config.train
         row: dict[str, Any] = {"id": trial.id, "status": state, "reason": result.get("reason", "")}
         row |= {"depth": trial.point.get("depth", trial.config.model.num_layers), "budget": trial.point.get("compute")}
@@ -214,30 +215,23 @@ def rows(folder: Path) -> list[dict[str, Any]]:
             "first_step": timing.get("first_step", 0),
             "hardware": timing.get("hardware", ""),
         }
-        row |= {name: value for name, value in trial.point.items() if name not in ("depth", "compute")}
+        row |= {name: value for name, value in trial.point.items() if name not in DERIVED}
         found.append(row)
     return found
 
 
-TIMING = ("seconds", "tokens_per_second", "first_step", "hardware")
+def _finished(folder: Path) -> list[dict[str, Any]]:
+    """The rows of trials that have ended, without what differs from machine to machine."""
+    ended = [row for row in rows(folder) if row["status"] in ENDED]
+    return [{name: value for name, value in row.items() if name not in TIMING} for row in ended]
 
 
 def sha256(folder: Path) -> str:
     """Hash of the finished trials: of everything but what differs from machine to machine."""
-    finished = [
-        {k: v for k, v in row.items() if k not in TIMING} for row in rows(folder) if row["status"] in ("done", "failed")
-    ]
-    return hashlib.sha256(json.dumps(sorted(finished, key=lambda row: row["id"]), sort_keys=True).encode()).hexdigest()
+    finished = sorted(_finished(folder), key=lambda row: row["id"])
+    return hashlib.sha256(json.dumps(finished, sort_keys=True).encode()).hexdigest()
 
 
 def write_table(folder: Path) -> None:
     """RUN/table.csv: the finished trials, a column a key of `rows` except timing."""
-    finished = [
-        {k: v for k, v in row.items() if k not in TIMING} for row in rows(folder) if row["status"] in ("done", "failed")
-    ]
-    names = list(dict.fromkeys(name for row in finished for name in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(finished)
-    files.write_atomic(folder / "table.csv", text.getvalue())
+    files.write_atomic(folder / "table.csv", tables.csv_text(_finished(folder)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from html import escape
 from typing import Any
 
@@ -28,15 +28,24 @@ def count(value: Any) -> str:
     return eng(value) if is_number(value) else number(value)
 
 
+def interval(ends: Any, text: Callable[[Any], str] = number, none: str = "–") -> str:
+    """[low, high] as `text` writes numbers; `none` where there is no interval."""
+    low, high = ends or (None, None)
+    return none if low is None or high is None else f"[{text(low)}, {text(high)}]"
+
+
 def loss_text(value: Any) -> str:
+    """Nats per token to four decimals; a dash for no number."""
     return f"{value:.4f}" if is_number(value) else "–"
 
 
 def percent(fraction: float) -> str:
+    """0.0032 -> +0.32 %."""
     return f"{100 * fraction:+.2f} %".replace("-", "−")
 
 
 def duration(seconds: Any) -> str:
+    """45.0 s, 12 min, or 3 h 05 min; a dash for no number."""
     if not is_number(seconds):
         return "–"
     if seconds < 60:

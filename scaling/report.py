@@ -13,7 +13,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from scaling import drawing, figures
+from scaling import drawing, figures, tables
 from scaling.drawing import Plot, is_number
 from scaling.page import (
     CSS,
@@ -23,6 +23,7 @@ from scaling.page import (
     duration,
     formula_html,
     html_table,
+    interval,
     loss_text,
     number,
     percent,
@@ -72,6 +73,7 @@ Section = Callable[[Content], Iterable[Block]]
 
 
 def heading(content: Content) -> Iterator[Block]:
+    """The title, and the docstring of the experiment."""
     summary, _, rest = content.docstring.strip().partition("\n\n")
     yield f"<h1>{escape(content.title)}</h1>"
     if summary:
@@ -92,6 +94,7 @@ def verdict(content: Content) -> Iterator[Block]:
 
 
 def tile_trials(content: Content) -> str:
+    """How many trials are done, and whether any failed."""
     done, total = len(figures.finished(content.trials)), len(content.trials)
     failed = sum(t.get("status") == "failed" for t in content.trials)
     budgets = {t["budget"] for t in content.trials if t.get("budget")}
@@ -106,6 +109,7 @@ def tile_trials(content: Content) -> str:
 
 
 def tile_law(fit: dict[str, Any]) -> str:
+    """The law with its numbers in place, and each with its interval."""
     value = f'<span class="formula">{formula_html(fit["formula"], fit["parameters"])}</span>'
     each = (f'<span class="whole">{symbol(k)} = {interval_text(p)}</span>' for k, p in fit["parameters"].items())
     note = f"{', '.join(each)}. Law “{escape(fit['law'])}” on {fit['n']} trials; <i>N</i> counts all parameters."
@@ -114,13 +118,13 @@ def tile_law(fit: dict[str, Any]) -> str:
 
 def interval_text(parameter: dict[str, Any]) -> str:
     """1.69 [1.6, 1.8], or what is wrong with it."""
-    low, high = parameter.get("interval") or (None, None)
-    shown = f"[{number(low)}, {number(high)}]" if low is not None and high is not None else "[no interval]"
+    shown = interval(parameter.get("interval"), none="[no interval]")
     shown += " <b>unbounded</b>" if parameter.get("unbounded") else ""
     return f"{number(parameter['value'])} {shown}"
 
 
 def tile_forecast(forecast: dict[str, Any]) -> str:
+    """The loss that was registered, for which run, and when."""
     target, prediction = forecast["target"], forecast["prediction"]
     low, high = prediction["interval"]
     note = f"{100 * prediction['level']:g} % interval, registered <time>{escape(str(forecast['registered_at']))}</time>"
@@ -131,6 +135,7 @@ def tile_forecast(forecast: dict[str, Any]) -> str:
 
 
 def tile_measured(forecast: dict[str, Any], verify: dict[str, Any] | None) -> str:
+    """The loss that was measured, and whether it fell inside."""
     if not verify:
         return tile("Measured", "not yet", "The target has not been trained.")
     error = verify.get("standard_error")
@@ -144,14 +149,15 @@ def tile_measured(forecast: dict[str, Any], verify: dict[str, Any] | None) -> st
 
 
 def warnings(content: Content) -> Iterator[Block]:
+    """What to beware of, each warning once."""
     told = dict.fromkeys([*content.warnings, *(content.fit or {}).get("warnings", ())])
     if told:
         items = "".join(f"<li>{escape(w)}</li>" for w in told)
         yield f'<div class="warnings"><h2>Warnings</h2><ul>{items}</ul></div>'
 
 
-def plots(content: Content) -> Iterator[Block]:
-    """The seven figures, each where its data are there."""
+def draw(content: Content) -> list[Plot]:
+    """The figures, each where its data are there. Call it inside `drawing.style()`."""
     told = figures.outcome(content.forecast, content.verify)
     predict = figures.predictor(content.fit)
     drawn = (
@@ -162,8 +168,12 @@ def plots(content: Content) -> Iterator[Block]:
         figures.learning_curves(content.trials, content.curves),
         figures.residuals(content.trials, predict, told),
     )
-    found = [plot for plot in drawn if plot]
-    if found:
+    return [plot for plot in drawn if plot]
+
+
+def plots(content: Content) -> Iterator[Block]:
+    """The figures, under their heading."""
+    if found := draw(content):
         yield "<h2>Figures</h2>"
         yield from found
 
@@ -175,10 +185,8 @@ def law(content: Content) -> Iterator[Block]:
         return
     rows = []
     for name, p in fit["parameters"].items():
-        low, high = p.get("interval") or (None, None)
-        shown = f"[{number(low)}, {number(high)}]" if low is not None and high is not None else "none"
         remark = "the data do not bound it" if p.get("unbounded") else ""
-        rows.append((symbol(name), number(p["value"]), shown, remark))
+        rows.append((symbol(name), number(p["value"]), interval(p.get("interval"), none="none"), remark))
     yield f"<h2>Fitted law</h2><p>{formula_html(fit['formula'])}</p>"
     if content.entropy is not None:
         yield f"<p>True entropy of the source, which <i>E</i> estimates: {number(content.entropy)} nats per token.</p>"
@@ -192,28 +200,30 @@ def minima(content: Content) -> Iterator[Block]:
     """The best size of each budget."""
     rows = []
     for m in content.isoflop:
-        low, high = m.get("N_opt_interval") or (None, None)
-        interval = f"[{count(low)}, {count(high)}]" if low is not None and high is not None else "–"
+        ends = interval(m.get("N_opt_interval"), count)
         place = f"at the {escape(m['edge'])} edge of the sizes tried" if m.get("edge") else "inside"
         n, d = m.get("N_opt"), m.get("D_opt")
         per = number(d / n, 3) if n and d else "–"
-        rows.append((number(m["budget"], 3), count(n), interval, count(d), per, loss_text(m.get("loss_opt")), place))
+        rows.append((number(m["budget"], 3), count(n), ends, count(d), per, loss_text(m.get("loss_opt")), place))
     if rows:
         yield "<h2>Minima of the isoFLOP curves</h2>"
         yield html_table(("C (FLOPs)", "N*", "interval", "D*", "D*/N*", "loss (nats/token)", "minimum"), rows)
 
 
 def state(t: dict[str, Any]) -> str:
+    """The status of a trial, with the reason where it failed."""
     reason = f'<span class="reason">{escape(str(t["reason"]))}</span>' if t.get("reason") else ""
     return escape(str(t["status"])) + reason
 
 
 def tokens_per_parameter(t: dict[str, Any]) -> str:
+    """D / N of a trial."""
     n, d = t.get("N_params"), t.get("D_tokens")
     return number(d / n, 3) if n and d else "–"
 
 
 def measured(t: dict[str, Any]) -> str:
+    """The loss of a trial ± its standard error."""
     return loss_text(t.get("loss")) + (f" ± {loss_text(t['loss_se'])}" if is_number(t.get("loss_se")) else "")
 
 
@@ -252,6 +262,7 @@ def trials(content: Content) -> Iterator[Block]:
 
 
 def provenance(content: Content) -> Iterator[Block]:
+    """Where the numbers come from: data, versions, hardware, hashes."""
     facts, registered = dict(content.facts), content.forecast or {}
     for name, label in (("config_fingerprint", "config"), ("git", "git commit"), ("ledger_sha256", "ledger SHA-256")):
         if registered.get(name):
@@ -266,7 +277,7 @@ def save(plot: Plot, shelf: Path) -> str:
     picture = drawing.svg(plot)
     (shelf / f"{plot.name}.svg").write_text(picture, encoding="utf-8")
     (shelf / f"{plot.name}.png").write_bytes(drawing.png(plot))
-    (shelf / f"{plot.name}.csv").write_text(drawing.table(plot), encoding="utf-8")
+    (shelf / f"{plot.name}.csv").write_text(tables.csv_text(plot.rows), encoding="utf-8")
     return card(plot, picture)
 
 
@@ -278,7 +289,7 @@ def write(content: Content, folder: Path) -> Path:
 
     The same content gives the same bytes. The page holds its figures inside and asks nothing of a network.
     """
-    with figures.style():
+    with drawing.style():
         blocks = [block for section in SECTIONS for block in section(content)]
     shelf = folder / "figures"
     shelf.mkdir(parents=True, exist_ok=True)

@@ -1,12 +1,12 @@
-"""Tables of finished runs: one row a run, with N, D, C and the loss, from a run directory or any CSV."""
+"""Tables of runs, one row a run, with N, D, C and the loss: read from any CSV, filtered, and written for programs and people."""
 
 from __future__ import annotations
 
-import ast
 import csv
-import operator
+import io
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,22 +14,23 @@ from typing import Any
 import numpy as np
 
 from llm_jax.config import BadInput, did_you_mean
+from scaling import expressions
 
-ARITHMETIC: dict[type, Callable[[Any, Any], Any]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.Pow: operator.pow,
+TERMINAL_FORMATS = {
+    "id": "{}",
+    "status": "{}",
+    "depth": "{:g}",
+    "N_params": "{:,}",
+    "D_tokens": "{:,}",
+    "C_flops": "{:.2e}",
+    "tokens_per_step": "{:,}",
+    "peak_lr": "{:.2e}",
+    "loss": "{:.4f}",
+    "bits_per_byte": "{:.4f}",
+    "tokens_per_second": "{:,.0f}",
+    "reason": "{}",
 }
-COMPARISONS: dict[type, Callable[[Any, Any], Any]] = {
-    ast.Lt: operator.lt,
-    ast.LtE: operator.le,
-    ast.Gt: operator.gt,
-    ast.GtE: operator.ge,
-    ast.Eq: operator.eq,
-    ast.NotEq: operator.ne,
-}
+"""The columns of a ledger that a terminal shows, in their order."""
 
 
 @dataclass(frozen=True)
@@ -59,70 +60,15 @@ class Table:
     def where(self, expression: str) -> Table:
         """The rows for which an expression over the columns holds, such as `N_params >= 1e5 and status == "done"`.
 
-        Knows chained comparisons, and, or, not, + - * / **, numbers, quoted strings and column names; it is parsed and
-        never run as Python. An empty expression keeps every row. BadInput names what it does not know.
+        An empty expression keeps every row. BadInput for what scaling/expressions.py does not know, and unknown columns.
         """
         if not expression.strip():
             return self
-        try:
-            tree = ast.parse(expression.strip(), mode="eval").body
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
-            raise BadInput(
-                f'where "{expression}" does not parse; write it like: N_params >= 1e5 and seed == 0'
-            ) from None
+        origin = f'where "{expression}"'
+        tree = expressions.parse(expression, origin, "N_params >= 1e5 and seed == 0")
         with np.errstate(all="ignore"):
-            mask = _truth(tree, self, expression)
+            mask = expressions.condition(tree, self.column, origin)
         return self.select(np.broadcast_to(mask, len(self)))
-
-
-def _truth(node: ast.expr, table: Table, text: str) -> np.ndarray:
-    """The value of a node that must be a condition."""
-    value = np.asarray(_value(node, table, text))
-    if value.dtype != bool:
-        raise BadInput(
-            f'where "{text}": "{ast.unparse(node)}" is no condition; compare it with something, as in N_params > 1e5'
-        )
-    return value
-
-
-def _number(node: ast.expr, table: Table, text: str) -> Any:
-    value = np.asarray(_value(node, table, text))
-    if value.dtype.kind != "f":
-        raise BadInput(f'where "{text}": "{ast.unparse(node)}" is no number')
-    return value
-
-
-def _value(node: ast.expr, table: Table, text: str) -> Any:
-    match node:
-        case ast.Name(id=name):
-            return table.column(name)
-        case ast.Constant(value=bool()):
-            pass
-        case ast.Constant(value=int() | float() as number):
-            return np.float64(number)  # never a Python integer: 10**10**10 would not end
-        case ast.Constant(value=str() as string):
-            return np.asarray(string)
-        case ast.BoolOp(op=op, values=values):
-            combine = np.logical_and if isinstance(op, ast.And) else np.logical_or
-            return combine.reduce(np.broadcast_arrays(*(_truth(value, table, text) for value in values)))
-        case ast.UnaryOp(op=ast.Not(), operand=operand):
-            return ~_truth(operand, table, text)
-        case ast.UnaryOp(op=ast.USub(), operand=operand):
-            return -_number(operand, table, text)
-        case ast.BinOp(left=left, op=op, right=right) if type(op) in ARITHMETIC:
-            return ARITHMETIC[type(op)](_number(left, table, text), _number(right, table, text))
-        case ast.Compare(left=left, ops=ops, comparators=comparators) if all(type(op) in COMPARISONS for op in ops):
-            sides = [_value(side, table, text) for side in (left, *comparators)]
-            kinds = {np.asarray(value).dtype.kind for value in sides}
-            if len(kinds) > 1:
-                raise BadInput(
-                    f'where "{text}": "{ast.unparse(node)}" compares text with numbers; quote text, and only text'
-                )
-            parts = [COMPARISONS[type(op)](a, b) for a, op, b in zip(sides, ops, sides[1:], strict=False)]
-            return np.logical_and.reduce(np.broadcast_arrays(*parts))
-    raise BadInput(
-        f'where "{text}": "{ast.unparse(node)}" is not understood; valid: < <= > >= == != and or not + - * / ** ( )'
-    )
 
 
 def read(path: str | Path) -> Table:
@@ -169,3 +115,44 @@ def _parse(cells: list[str]) -> np.ndarray:
     if any(cells) and all(map(_is_number, cells)):
         return np.array([float(cell or "nan") for cell in cells])
     return np.array(cells)
+
+
+def finite(value: Any) -> Any:
+    """JSON values with None for NaN and infinity, which JSON does not know; lists and dicts all the way down."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as CSV, a column for each key in the order of first appearance; floats keep every digit, None is empty."""
+    text = io.StringIO()
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({name: cell.item() if isinstance(cell, np.generic) else cell for name, cell in row.items()})
+    return text.getvalue()
+
+
+def terminal_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The columns of TERMINAL_FORMATS in which any row has something, aligned; the first two to the left, the rest to the right."""
+    names = [name for name in TERMINAL_FORMATS if any(row.get(name) not in (None, "") for row in rows)]
+    table = [names, *([_cell(name, row.get(name)) for name in names] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i < 2 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in table
+    )
+
+
+def _cell(name: str, value: Any) -> str:
+    empty = value is None or (isinstance(value, float) and math.isnan(value))
+    return "" if empty else TERMINAL_FORMATS[name].format(value)

@@ -15,8 +15,10 @@ import numpy as np
 from scipy import stats
 
 from llm_jax.config import BadInput
-from scaling.fit import Fit, Problem, budgets, fit, huber, minimise, objective_delta, prepare
+from scaling.fit import Fit, fit, prepare
+from scaling.isoflop import budgets
 from scaling.laws import COUPLED, Law
+from scaling.solver import Problem, huber, minimise, objective_delta
 from scaling.tables import Table
 
 

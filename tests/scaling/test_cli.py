@@ -1,5 +1,6 @@
 """The command line as a user meets it."""
 
+import io
 import json
 import os
 import subprocess
@@ -134,6 +135,24 @@ def test_bad_input_is_one_line_and_writes_nothing(experiment, capsys, tmp_path, 
     assert err.count("\n") == 1
     assert message in err
     assert sorted(path for path in tmp_path.rglob("*") if "__pycache__" not in str(path)) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "--model.num_heads", "3"], "llm-jax: model.num_heads=3 does not divide"),
+        (["train", "--model.num_heads", "abc"], "llm-jax: Error parsing --model.num_heads: invalid literal"),
+        (["sweep"], "llm-jax: Missing from llm-jax sweep: EXPERIMENT.py"),
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
+def test_messages_are_the_same_whatever_the_terminal_can_draw(capsys, monkeypatch, encoding, words, message):
+    """The parser frames its messages with other characters where there is no UTF-8."""
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+    assert cli.main(words) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(message)
+    assert "---" not in err
 
 
 def test_overrides_and_axes_from_the_command_line(experiment, capsys):

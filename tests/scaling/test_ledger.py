@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from llm_jax.config import BadInput, Config, Data, Model, Train, override
+from llm_jax.config import BadInput, Config, Data, Model, Train, override, to_dict
 from llm_jax.data import prepare
 from scaling import experiment, launch, ledger
 from scaling.experiment import Experiment, axis, product
@@ -180,7 +180,7 @@ def test_rows_hold_every_convention(small, tmp_path):
         "C_hoffmann",
     } <= set(row)
     assert json.loads((tmp_path / "run" / "experiment.json").read_text())["config"] == json.loads(
-        json.dumps(ledger.to_dict(small.config))
+        json.dumps(to_dict(small.config))
     )
     assert ledger.base_config(tmp_path / "run") == small.config
     assert isinstance(ledger.base_config(tmp_path / "run"), Config)

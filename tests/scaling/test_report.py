@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from simulated import chinchilla
 
 from scaling import drawing, figures, report
 
@@ -21,8 +22,7 @@ VOID = {"meta", "br", "hr", "img", "link", "input"}
 
 
 def law(n, d):
-    p = PARAMETERS
-    return p["E"] + p["A"] / n ** p["alpha"] + p["B"] / d ** p["beta"]
+    return chinchilla(n, d, PARAMETERS)
 
 
 def best_size(c):
@@ -356,7 +356,7 @@ def test_a_single_trial_can_be_drawn(content, tmp_path):
 def test_a_minimum_at_the_edge_is_hollow_and_kept_from_the_optimum(content):
     """A parabola whose bottom was not measured only bounds the best size; drawn as a minimum it would mislead."""
     minima = [content.isoflop[0] | {"edge": "low", "N_opt": 1.0, "N_opt_interval": None}, *content.isoflop[1:]]
-    with figures.style():
+    with drawing.style():
         plot = figures.isoflop(content.trials, minima, [], None)
         optimum = figures.optimum(content.bands, minima, [])
     smallest = min(t["N_params"] for t in content.trials if t["budget"] == BUDGETS[0])
@@ -377,7 +377,7 @@ def single_points(axes):
 
 def test_star_and_diamond_stand_where_forecast_and_measurement_do(content):
     told = figures.outcome(content.forecast, content.verify)
-    with figures.style():
+    with drawing.style():
         isoflop = figures.isoflop(content.trials, content.isoflop, told, figures.predictor(content.fit))
         frontier = figures.frontier(content.trials, content.bands, told)
     target, loss = content.forecast["target"], content.forecast["prediction"]["loss"]
@@ -390,7 +390,7 @@ def test_star_and_diamond_stand_where_forecast_and_measurement_do(content):
 def test_a_budget_has_one_colour_in_all_figures(content):
     """Else the eye compares the wrong curves."""
     told = figures.outcome(content.forecast, content.verify)
-    with figures.style():
+    with drawing.style():
         plots = [
             figures.isoflop(content.trials, content.isoflop, told, None),
             figures.frontier(content.trials, content.bands, told),
@@ -406,17 +406,9 @@ def test_a_budget_has_one_colour_in_all_figures(content):
 
 def test_no_label_covers_another_or_leaves_the_figure(content):
     """Labels that collide are the first thing a reader sees."""
-    told = figures.outcome(content.forecast, content.verify)
-    predict = figures.predictor(content.fit)
-    with figures.style():
-        plots = [
-            figures.isoflop(content.trials, content.isoflop, told, predict),
-            figures.frontier(content.trials, content.bands, told),
-            figures.law_panels(content.trials, content.fit, predict, told, content.entropy),
-            figures.optimum(content.bands, content.isoflop, told),
-            figures.learning_curves(content.trials, content.curves),
-            figures.residuals(content.trials, predict, told),
-        ]
+    with drawing.style():
+        plots = report.draw(content)
+        assert [plot.name for plot in plots] == list(NAMES)
         for plot in plots:
             plot.figure.draw_without_rendering()
             texts = [axes.xaxis.label for axes in plot.figure.axes] + [axes.yaxis.label for axes in plot.figure.axes]

@@ -1,3 +1,7 @@
+"""Tables: what is read is what was written, and a filter is data, never code."""
+
+import math
+
 import numpy as np
 import pytest
 
@@ -132,3 +136,27 @@ def test_select_takes_masks_and_positions(table):
     """Bootstraps pick by position, filters by mask."""
     assert table.select(table.column("N_params") > 100).column("row").tolist() == [2, 3]
     assert table.select(np.array([2, 0, 0])).column("row").tolist() == [3, 1, 1]
+
+
+def test_what_is_written_is_read_to_the_last_bit(tmp_path):
+    """A fit to RUN/table.csv is a fit to the ledger."""
+    rows = [{"loss": 0.1 + 0.2, "D_tokens": 3}, {"loss": np.float64(1 / 3), "D_tokens": None, "note": 'a, "b"'}]
+    (tmp_path / "table.csv").write_text(tables.csv_text(rows))
+    again = tables.read(tmp_path)
+    assert again.column("loss").tolist() == [0.1 + 0.2, 1 / 3]
+    assert again.column("note").tolist() == ["", 'a, "b"']
+    assert again.column("D_tokens")[0] == 3
+    assert np.isnan(again.column("D_tokens")[1])
+
+
+def test_a_terminal_shows_what_there_is_in_columns():
+    """Columns that nothing fills are left out; a loss that is not there yet is blank, not nan."""
+    rows = [
+        {"id": "a", "status": "done", "N_params": 12_345, "loss": 2.5, "reason": ""},
+        {"id": "b", "status": "running", "N_params": 1, "loss": math.nan, "reason": ""},
+    ]
+    assert tables.terminal_text(rows).splitlines() == [
+        "id  status   N_params    loss",
+        "a   done       12,345  2.5000",
+        "b   running         1",
+    ]

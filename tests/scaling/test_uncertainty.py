@@ -1,20 +1,15 @@
+"""Intervals that hold as often as they say, and stay narrow enough to be of use."""
+
 import dataclasses
 
 import numpy as np
 import pytest
+from simulated import CHINCHILLA, TRUTH, chinchilla, runs
 
 from llm_jax.config import BadInput
-from scaling import laws
-from scaling.fit import Problem, fit, huber, minimise, objective_delta
-from scaling.tables import Table
+from scaling.fit import fit
+from scaling.solver import Problem, huber, minimise, objective_delta
 from scaling.uncertainty import bootstrap, prediction_interval, resample
-
-CHINCHILLA = laws.by_name("chinchilla")
-TRUTH = {"A": 47.3, "B": 63.0, "E": 0.55, "alpha": 0.35, "beta": 0.35}
-
-
-def chinchilla(n_params, d_tokens):
-    return 0.55 + 47.3 / n_params**0.35 + 63.0 / d_tokens**0.35
 
 
 def coupled(n_params, d_tokens):
@@ -25,15 +20,6 @@ def coupled(n_params, d_tokens):
 def penalised(n_params, d_tokens):
     """Runs on very little data do worse than their power law."""
     return chinchilla(n_params, d_tokens) + 0.06 * 1e5 / d_tokens
-
-
-def runs(truth=chinchilla, noise=0.005, budgets=(1e11, 3e11, 1e12), seed=0):
-    """Five sizes from 3e4 to 7e5 at each budget, Gaussian noise on the log loss."""
-    compute = np.repeat(budgets, 5)
-    n_params = np.tile(np.geomspace(3e4, 7e5, 5), len(budgets))
-    d_tokens = compute / 6 / n_params
-    loss = truth(n_params, d_tokens) * np.exp(noise * np.random.default_rng(seed).standard_normal(len(compute)))
-    return Table({"N_params": n_params, "D_tokens": d_tokens, "C_flops": compute, "loss": loss})
 
 
 def best_size(truth, compute):
@@ -88,7 +74,7 @@ def test_the_forecast_beats_the_law_where_the_law_is_wrong():
     truth = np.log(coupled(n_params, d_tokens))
     forecast, law = [], []
     for seed in range(40):
-        prediction = prediction_interval(CHINCHILLA, runs(coupled, seed=seed), n_params, d_tokens)
+        prediction = prediction_interval(CHINCHILLA, runs(coupled, 0.005, seed=seed), n_params, d_tokens)
         forecast.append(abs(np.log(prediction.loss) - truth))
         law.append(abs(np.log(prediction.law_loss) - truth))
     assert np.mean(forecast) < 0.75 * np.mean(law)
@@ -96,7 +82,7 @@ def test_the_forecast_beats_the_law_where_the_law_is_wrong():
 
 def test_the_same_seed_gives_the_same_interval():
     """A registered forecast must be reproducible."""
-    table = runs()
+    table = runs(noise=0.005)
     one, same, other = (prediction_interval(CHINCHILLA, table, 5e5, 1.3e6, seed=seed) for seed in (0, 0, 1))
     assert one == same
     assert one.low != other.low
@@ -105,7 +91,7 @@ def test_the_same_seed_gives_the_same_interval():
 
 def test_the_parts_add_up_and_the_law_is_named_apart():
     """The reader must be able to tell what the width is made of, and which number is the law's."""
-    table = runs()
+    table = runs(noise=0.005)
     prediction = prediction_interval(CHINCHILLA, table, 5e5, 1.3e6)
     half = 1.6448536 * np.sqrt(sum(part**2 for part in prediction.parts.values()))
     assert np.log(prediction.high / prediction.loss) == pytest.approx(half, rel=1e-6)
@@ -134,7 +120,7 @@ def test_intervals_widen_with_distance_level_and_noise():
 
 def test_one_diverged_run_does_not_ruin_a_forecast():
     """Small sweeps often have one, and it is not always noticed."""
-    table = runs()
+    table = runs(noise=0.005)
     clean = prediction_interval(CHINCHILLA, table, 5e5, 1.3e6)
     table.columns["loss"][7] *= 1.3
     spoiled = prediction_interval(CHINCHILLA, table, 5e5, 1.3e6)
@@ -154,14 +140,14 @@ def test_one_diverged_run_does_not_ruin_a_forecast():
 def test_impossible_forecasts_are_refused(n_params, d_tokens, level, rows, message):
     """An interval from too little is a guess with error bars."""
     with pytest.raises(BadInput, match=message):
-        prediction_interval(CHINCHILLA, runs().select(np.arange(rows)), n_params, d_tokens, level)
+        prediction_interval(CHINCHILLA, runs(noise=0.005).select(np.arange(rows)), n_params, d_tokens, level)
 
 
 def test_bootstrap_intervals_cover_the_parameters():
     """95 % intervals of alpha, beta and E over 60 tables of 20 rows; 20 rows cannot do it exactly."""
     hits = []
     for seed in range(60):
-        table = runs(budgets=(3e10, 1e11, 3e11, 1e12), seed=seed)
+        table = runs(noise=0.005, budgets=(3e10, 1e11, 3e11, 1e12), seed=seed)
         intervals = bootstrap(fit(CHINCHILLA, table, "lsq"), table, samples=200, seed=seed).intervals
         hits += [intervals[name][0] <= TRUTH[name] <= intervals[name][1] for name in ("alpha", "beta", "E")]
     assert 0.85 < np.mean(hits) < 1
@@ -188,7 +174,7 @@ def power_laws(n_params, d_tokens):
 @pytest.mark.parametrize("truth", [chinchilla, power_laws], ids=lambda truth: truth.__name__)
 def test_warm_starts_find_what_many_starts_find(truth, objective):
     """Resamples start from the optimum of the table: were they stuck there, every interval would be too short."""
-    table, samples = runs(truth, seed=9), 30
+    table, samples = runs(truth, 0.005, seed=9), 30
     result = fit(CHINCHILLA, table, objective)
     assert (result.parameters["E"] < 1e-4) == (truth is power_laws)
     log_KxR = np.log(np.stack([table.column("N_params"), table.column("D_tokens")]))

@@ -1,0 +1,279 @@
+"""What the command line of llm-jax takes: a dataclass a verb, filled by tyro.
+
+Input that cannot be used raises BadInput with one line. Nothing heavy is imported here, so that --help answers at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import tyro
+from tyro.conf import Positional, UseAppendAction, arg
+
+from llm_jax.config import BadInput, Config, Data, Model, Train, did_you_mean, field_names, to_dict
+
+if TYPE_CHECKING:
+    from scaling.experiment import Axes, Experiment
+
+Options = TypeVar("Options")
+RunFolder = Annotated[Positional[Path], arg(metavar="RUN")]
+Json = Annotated[bool, arg(help="Print one JSON object and nothing else.")]
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Train one model: an experiment's base config, or the defaults."""
+
+    experiment: Annotated[Positional[Path | None], arg(metavar="EXPERIMENT.py")] = None
+    model: Model = Model()
+    data: Data = Data()
+    train: Train = Train()
+    run: Path | None = None
+    """The run directory; default runs/NAME-train. A run that was stopped goes on."""
+    json: Json = False
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    """Train every trial of an experiment; what is there already is not trained again."""
+
+    experiment: Annotated[Positional[Path], arg(metavar="EXPERIMENT.py")]
+    model: Model = Model()
+    data: Data = Data()
+    train: Train = Train()
+    axis: UseAppendAction[tuple[tuple[str, ...], ...]] = ()
+    """NAME VALUE [VALUE ...]: replaces the experiment's axes; several are combined by product. NAME is any field by its dotted
+    name, or depth (rung of the ladder), or compute (FLOPs: D = C / 6N)."""
+    run: Path | None = None
+    """The run directory; default runs/NAME."""
+    workers: int = 1
+    """Processes that train beside each other."""
+    dry_run: bool = False
+    """List the trials and stop."""
+    json: Json = False
+
+
+@dataclass(frozen=True)
+class StatusOptions:
+    """Show the trials of a run."""
+
+    run: RunFolder
+    watch: bool = False
+    """Show it again every two seconds until all trials have ended."""
+    json: Json = False
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """Fit a scaling law to a run, or to any CSV with columns N_params, D_tokens, loss."""
+
+    table: Annotated[Positional[Path], arg(metavar="RUN|TABLE.csv")]
+    law: str = "chinchilla"
+    objective: str = "huber:1e-3"
+    """huber:DELTA in log space, or lsq."""
+    where: str = ""
+    """Rows to keep, for instance 'excluded_by_paper == 0 and N_params > 1e6'."""
+    bootstrap: int = 1000
+    """Resamples for the intervals; 0 for none."""
+    json: Json = False
+
+
+@dataclass(frozen=True)
+class ForecastOptions:
+    """Register the loss of a larger run before it trains."""
+
+    run: RunFolder
+    compute: float | None = None
+    """FLOPs of the run to forecast; default: the experiment's own target."""
+    depth: float | None = None
+    """Rung of the ladder; default: the one nearest the law's optimum."""
+    level: float = 0.9
+    """Of the prediction interval."""
+    json: Json = False
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """Train the run that was forecast, and score the forecast."""
+
+    run: RunFolder
+    json: Json = False
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """Write RUN/report.html with all figures, and print what was found."""
+
+    run: RunFolder
+    json: Json = False
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Prepare data and say what it holds."""
+
+    experiment: Annotated[Positional[Path | None], arg(metavar="EXPERIMENT.py")] = None
+    model: Model = Model()
+    data: Data = Data()
+    check: bool = False
+    """Compare every file with the checksum taken when it was written."""
+    json: Json = False
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """Continue a text with a trained model."""
+
+    run: RunFolder
+    prompt: str = "def "
+    tokens: int = 256
+    """Tokens to add."""
+    temperature: float = 0.8
+    """0 takes the likeliest token."""
+    top_k: int | None = None
+    """Draw among the k likeliest only."""
+    trial: str | None = None
+    """Id, or its first digits; default: the trial with the lowest loss."""
+    seed: int = 0
+    json: Json = False
+
+
+def parse(kind: Any, words: Sequence[str], verb: str) -> Any:
+    """Options of the dataclass `kind` from the words after the verb.
+
+    An experiment among them supplies the defaults, so that --help shows its config and overrides change it. Raises
+    BadInput for what tyro or the dataclasses refuse, and SystemExit(0) after --help.
+    """
+    names = {field.name for field in dataclasses.fields(kind)}
+    path = next((word for word in words if word.endswith(".py")), None)
+    if "experiment" not in names or path is None:
+        return _parse(kind, words, verb)
+    from scaling.experiment import load
+
+    base = load(path)[0]
+    own = {"model": base.model, "data": base.data, "train": base.train}
+    default = kind(experiment=Path(path), **{name: value for name, value in own.items() if name in names})
+    return _parse(kind, words, verb, default)
+
+
+def _parse(kind: type[Options], words: Sequence[str], verb: str, default: Options | None = None) -> Options:
+    """tyro's parser; what it refuses becomes one line."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            found, unknown = tyro.cli(
+                kind,
+                args=_plain_numbers(words),
+                default=default,
+                prog=f"llm-jax {verb}",
+                use_underscores=True,
+                return_unknown_args=True,
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise BadInput(_one_line(said.getvalue())) from None
+    if unknown:
+        word = next((word for word in unknown if word.startswith("-")), unknown[0])
+        if word.startswith("-"):
+            raise BadInput(f'"{word}" is no option of {verb}{did_you_mean(word, _flags(kind))}')
+        raise BadInput(f'{verb} does not take "{word}"; see llm-jax {verb} --help')
+    assert found is not None  # only a default that is None could be
+    return found
+
+
+def _plain_numbers(words: Sequence[str]) -> list[str]:
+    """1e9 becomes 1000000000 where a setting is given: fields that count are integers."""
+    plain, of_setting = [], False
+    for word in words:
+        if word.startswith("--"):
+            of_setting = word.startswith(("--model.", "--data.", "--train."))
+        elif of_setting and re.fullmatch(r"\d+(\.\d+)?[eE]\+?\d+", word) and float(word).is_integer():
+            word = str(int(float(word)))
+        plain.append(word)
+    return plain
+
+
+def _flags(kind: Any) -> list[str]:
+    """All options of a verb as they are typed."""
+    groups = {"model": Model, "data": Data, "train": Train}
+    flags = []
+    for field in dataclasses.fields(kind):
+        if field.name in groups:
+            flags += [f"--{field.name}.{name}" for name in field_names(groups[field.name])]
+        else:
+            flags.append(f"--{field.name.replace('_', '-')}")
+    return flags
+
+
+def _one_line(box: str) -> str:
+    """The message in tyro's box of text; where the terminal is not UTF-8 that is a title and rules of hyphens."""
+    parts: list[list[str]] = [[]]
+    for line in (line.strip("│ ") for line in box.splitlines()):
+        if line.startswith(("──", "---", "╰")):
+            parts.append([])
+        elif not line.startswith("╭"):
+            parts[-1].append(line)
+    body = parts[0] if "╭" in box or len(parts) == 1 else parts[1]
+    text = re.sub(r"\s+", " ", " ".join(body)).strip()
+    text = re.sub(r"^Error parsing (?:Config|model|data|train)(?:\.synthetic)?: ", "", text)
+    return text or "the arguments are off; see --help"
+
+
+def chosen_experiment(options: Any) -> tuple[Experiment, str]:
+    """The experiment that options name, with the command line's config and axes in place of its own, and its docstring.
+
+    Without one, the default experiment. Raises BadInput where an option sets what an axis of the file sets too.
+    """
+    from scaling.experiment import DERIVED, Experiment, load, product
+
+    base, docstring = load(options.experiment) if options.experiment else (Experiment(), "")
+    changed = dataclasses.replace(
+        base, model=options.model, data=options.data, train=getattr(options, "train", base.train)
+    )
+    if words := getattr(options, "axis", None):
+        return dataclasses.replace(changed, axes=product(*(_axis(changed, one) for one in words))), docstring
+    before, after = _flat(to_dict(base.config)), _flat(to_dict(changed.config))
+    given = {name for name in after if before[name] != after[name]}
+    for point in changed.axes:
+        ruled = set(point) - set(DERIVED)
+        if "depth" in point:
+            ruled |= set(base.ladder.shape(float(point["depth"])))
+        if "compute" in point:
+            ruled.add("train.tokens")
+        if clash := sorted(given & ruled):
+            raise BadInput(f"--{clash[0]} is set by an axis of {options.experiment}; give other points with --axis")
+    return changed, docstring
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def _axis(experiment: Experiment, words: Sequence[str]) -> Axes:
+    """--axis NAME VALUE ...: values take the type of the field."""
+    from scaling.experiment import DERIVED, axis
+
+    if len(words) < 2:
+        raise BadInput(f"--axis takes a name and at least one value, got {' '.join(words) or 'nothing'}")
+    name, *values = words
+    names = [*field_names(Config), *DERIVED]
+    if name not in names:
+        raise BadInput(f'axis "{name}" names no field{did_you_mean(name, names)}')
+    if name in DERIVED:
+        try:
+            return axis(name, [float(value) for value in values])
+        except ValueError:
+            raise BadInput(f"--axis {name} takes numbers, got {' '.join(values)}") from None
+    parsed = [_parse(Config, [f"--{name}", value], "axis", experiment.config) for value in values]
+    return axis(name, [_flat(to_dict(one))[name] for one in parsed])
