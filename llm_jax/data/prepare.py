@@ -28,6 +28,8 @@ from llm_jax.data.tokenizer import Tokenizer
 
 ROW_TOKENS = 2048
 """Tokens of a stored row, less what a context does not divide. Long rows, because reading costs by the row and not by the token."""
+IN_MEMORY = 2**26
+"""Tokens of a split up to which its rows are kept in memory."""
 PART_CHARACTERS = 64_000_000
 """Text of a part: what a kill loses at most."""
 
@@ -58,10 +60,9 @@ class Prepared:
         """Random-access sources of {"tokens": uint16 or int32 [row_tokens + 1], "document": int64}, one a part."""
         from llm_jax.data import rows
 
-        return [
-            rows.read(self.folder / "rows", part)
-            for part in (("validation",) if split == "validation" else self.train_parts)
-        ]
+        read = rows.read_all if self.tokens[split] <= IN_MEMORY else rows.read
+        parts = ("validation",) if split == "validation" else self.train_parts
+        return [read(self.folder / "rows", part) for part in parts]
 
 
 class Survey:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import shutil
 from collections.abc import Iterable, Iterator
@@ -77,3 +78,10 @@ def _chain(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
 def read(folder: Path, part: str) -> Any:
     """A random-access source of the rows of one part."""
     return tfds.builder_from_directory(folder / TokenRows.name / part / "1.0.0").as_data_source(split="rows")
+
+
+@functools.lru_cache(maxsize=8)
+def read_all(folder: Path, part: str) -> list[dict[str, Any]]:
+    """The rows of one part, decoded and kept: each read from disk costs 100 us, a tenth of a small model's step."""
+    source = read(folder, part)
+    return source.__getitems__(range(len(source)))

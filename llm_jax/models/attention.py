@@ -33,7 +33,11 @@ def attend(
     segment_BxT: jax.Array | None = None,
     offset: jax.Array | None = None,
 ) -> jax.Array:
-    """Causal softmax(q k / sqrt(H)) v, BxTxNxH, with the softmax in float32; query head n reads key head n // G."""
+    """Causal softmax(q k / sqrt(H)) v, BxTxNxH, with the softmax in float32; query head n reads key head n // G.
+
+    Divided by the sum of the exponentials after the product with v and not before (Dao et al. 2022, Algorithm 1): the gradient's
+    sums then run over H and not over S.
+    """
     B, T, N, H = q_BxTxNxH.shape
     S, K = k_BxSxKxH.shape[1:3]
     q_BxTxKxGxH = q_BxTxNxH.reshape(B, T, K, N // K, H) * q_BxTxNxH.dtype.type(H**-0.5)
@@ -41,5 +45,8 @@ def attend(
     mask = attention_mask(T, S, window, segment_BxT, offset)
     # A large negative number, not -inf: a row of a cache that sees nothing yet must not turn NaN.
     scores_BxKxGxTxS = jnp.where(mask, scores_BxKxGxTxS, jnp.float32(-1e30))
-    weights_BxKxGxTxS = jax.nn.softmax(scores_BxKxGxTxS, axis=-1).astype(v_BxSxKxH.dtype)
-    return jnp.einsum("bkgts,bskh->btkgh", weights_BxKxGxTxS, v_BxSxKxH).reshape(B, T, N, H)
+    largest_BxKxGxTx1 = jax.lax.stop_gradient(scores_BxKxGxTxS.max(-1, keepdims=True))
+    exp_BxKxGxTxS = jnp.exp(scores_BxKxGxTxS - largest_BxKxGxTx1)
+    sum_BxTxKxGx1 = jnp.moveaxis(exp_BxKxGxTxS.sum(-1), 3, 1)[..., None]
+    y_BxTxKxGxH = jnp.einsum("bkgts,bskh->btkgh", exp_BxKxGxTxS.astype(v_BxSxKxH.dtype), v_BxSxKxH)
+    return (y_BxTxKxGxH / sum_BxTxKxGx1.astype(y_BxTxKxGxH.dtype)).reshape(B, T, N, H)

@@ -8,6 +8,7 @@ of the two trained it.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -58,12 +59,18 @@ class Norm(nn.Module):
         return (y * jnp.broadcast_to(scale, y.shape)).astype(x.dtype)
 
 
-def rotate(x_BxTxNxH: jax.Array, positions_BxT: jax.Array, theta: float) -> jax.Array:
-    """Rotary position embedding (Su et al. 2021), halves rotated against each other as in GPT-NeoX and Llama."""
-    half = x_BxTxNxH.shape[-1] // 2
-    frequency_H = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+def rotation(positions_BxT: jax.Array, cfg: Model) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine of each position's angles, BxTx1xH/2 in the dtype of the computation (Su et al. 2021, eq. 15)."""
+    half = cfg.head_width // 2
+    frequency_H = cfg.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle_BxTx1xH = (positions_BxT.astype(jnp.float32)[:, :, None] * frequency_H[None, None, :])[:, :, None, :]
-    cos, sin = jnp.cos(angle_BxTx1xH).astype(x_BxTxNxH.dtype), jnp.sin(angle_BxTx1xH).astype(x_BxTxNxH.dtype)
+    return jnp.cos(angle_BxTx1xH).astype(cfg.dtype), jnp.sin(angle_BxTx1xH).astype(cfg.dtype)
+
+
+def rotate(x_BxTxNxH: jax.Array, cos_BxTx1xH: jax.Array, sin_BxTx1xH: jax.Array) -> jax.Array:
+    """Rotary position embedding, halves rotated against each other as in GPT-NeoX and Llama."""
+    half = x_BxTxNxH.shape[-1] // 2
+    cos, sin = cos_BxTx1xH, sin_BxTx1xH
     a, b = x_BxTxNxH[..., :half], x_BxTxNxH[..., half:]
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
@@ -75,14 +82,25 @@ def sinusoids(positions_BxT: jax.Array, width: int) -> jax.Array:
     return jnp.concatenate([jnp.sin(angle_BxTxD), jnp.cos(angle_BxTxD)], axis=-1)
 
 
+def project(x: jax.Array, kernel: jax.Array, num_in: int = 1) -> jax.Array:
+    """The last `num_in` dimensions of x against the first of the kernel: x[..., in] kernel[in, out] -> [..., out].
+
+    As one product of two matrices: with more dimensions XLA's CPU compiler copies activations into another order to form the
+    gradient of the kernel, which took a quarter of a step.
+    """
+    width = math.prod(kernel.shape[:num_in])
+    flat = x.reshape(-1, width) @ kernel.reshape(width, -1).astype(x.dtype)
+    return flat.reshape(*x.shape[: x.ndim - num_in], *kernel.shape[num_in:])
+
+
 class Attention(nn.Module):
     """Grouped-query attention (Ainslie et al. 2023); multi-head when K == N, multi-query when K == 1."""
 
     cfg: Model
 
     @nn.compact
-    def __call__(self, x_BxTxD, positions_BxT, segment_BxT, cache, length):
-        cfg, dtype = self.cfg, x_BxTxD.dtype
+    def __call__(self, x_BxTxD, angles, segment_BxT, cache, length):
+        cfg = self.cfg
         heads, kv_heads, width = cfg.num_heads, cfg.kv_heads, cfg.head_width
         q_DxNxH = self.param("q", _init(("embed", "heads", "head"), cfg.d_model), (cfg.d_model, heads, width))
         k_DxKxH = self.param("k", _init(("embed", "kv", "head"), cfg.d_model), (cfg.d_model, kv_heads, width))
@@ -90,15 +108,12 @@ class Attention(nn.Module):
         out_NxHxD = self.param(
             "out", _init_out(("heads", "head", "embed"), heads * width, cfg.num_layers), (heads, width, cfg.d_model)
         )
-        q_BxTxNxH = jnp.einsum("btd,dnh->btnh", x_BxTxD, q_DxNxH.astype(dtype))
-        k_BxTxKxH = jnp.einsum("btd,dkh->btkh", x_BxTxD, k_DxKxH.astype(dtype))
-        v_BxTxKxH = jnp.einsum("btd,dkh->btkh", x_BxTxD, v_DxKxH.astype(dtype))
+        q_BxTxNxH, k_BxTxKxH, v_BxTxKxH = (project(x_BxTxD, kernel) for kernel in (q_DxNxH, k_DxKxH, v_DxKxH))
         if cfg.qk_norm:
             q_BxTxNxH = Norm("rmsnorm", "head", name="q_norm")(q_BxTxNxH)
             k_BxTxKxH = Norm("rmsnorm", "head", name="k_norm")(k_BxTxKxH)
         if cfg.positions == "rotary":
-            q_BxTxNxH = rotate(q_BxTxNxH, positions_BxT, cfg.rope_theta)
-            k_BxTxKxH = rotate(k_BxTxKxH, positions_BxT, cfg.rope_theta)
+            q_BxTxNxH, k_BxTxKxH = rotate(q_BxTxNxH, *angles), rotate(k_BxTxKxH, *angles)
         if cache is not None:
             k_BxTxKxH = jax.lax.dynamic_update_slice_in_dim(cache[0], k_BxTxKxH, length, axis=1)
             v_BxTxKxH = jax.lax.dynamic_update_slice_in_dim(cache[1], v_BxTxKxH, length, axis=1)
@@ -111,7 +126,7 @@ class Attention(nn.Module):
             segment_BxT=segment_BxT,
             offset=length if cache else None,
         )
-        return jnp.einsum("btnh,nhd->btd", y_BxTxNxH, out_NxHxD.astype(dtype)), cache
+        return project(y_BxTxNxH, out_NxHxD, 2), cache
 
 
 class MLP(nn.Module):
@@ -121,18 +136,18 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
-        cfg, dtype = self.cfg, x_BxTxD.dtype
+        cfg = self.cfg
         up_DxF = self.param("up", _init(("embed", "mlp"), cfg.d_model), (cfg.d_model, cfg.ff_width))
         down_FxD = self.param(
             "down", _init_out(("mlp", "embed"), cfg.ff_width, cfg.num_layers), (cfg.ff_width, cfg.d_model)
         )
-        h_BxTxF = x_BxTxD @ up_DxF.astype(dtype)
+        h_BxTxF = project(x_BxTxD, up_DxF)
         if cfg.mlp == "swiglu":
             gate_DxF = self.param("gate", _init(("embed", "mlp"), cfg.d_model), (cfg.d_model, cfg.ff_width))
-            h_BxTxF = jax.nn.silu(x_BxTxD @ gate_DxF.astype(dtype)) * h_BxTxF
+            h_BxTxF = jax.nn.silu(project(x_BxTxD, gate_DxF)) * h_BxTxF
         else:
             h_BxTxF = jax.nn.gelu(h_BxTxF) if cfg.mlp == "gelu" else jnp.square(jax.nn.relu(h_BxTxF))
-        return h_BxTxF @ down_FxD.astype(dtype)
+        return project(h_BxTxF, down_FxD)
 
 
 class Block(nn.Module):
@@ -142,17 +157,17 @@ class Block(nn.Module):
     train: bool
 
     @nn.compact
-    def __call__(self, x_BxTxD, cache, positions_BxT, segment_BxT, length):
+    def __call__(self, x_BxTxD, cache, angles, segment_BxT, length):
         cfg = self.cfg
         dropout = nn.Dropout(cfg.dropout, deterministic=not self.train)
         attention, mlp = Attention(cfg, name="attention"), MLP(cfg, name="mlp")
         norm1, norm2 = Norm(cfg.norm, name="norm1"), Norm(cfg.norm, name="norm2")
         if cfg.norm_position == "pre":
-            y_BxTxD, cache = attention(norm1(x_BxTxD), positions_BxT, segment_BxT, cache, length)
+            y_BxTxD, cache = attention(norm1(x_BxTxD), angles, segment_BxT, cache, length)
             x_BxTxD += dropout(y_BxTxD)
             x_BxTxD += dropout(mlp(norm2(x_BxTxD)))
         else:
-            y_BxTxD, cache = attention(x_BxTxD, positions_BxT, segment_BxT, cache, length)
+            y_BxTxD, cache = attention(x_BxTxD, angles, segment_BxT, cache, length)
             x_BxTxD = norm1(x_BxTxD + dropout(y_BxTxD))
             x_BxTxD = norm2(x_BxTxD + dropout(mlp(x_BxTxD)))
         return x_BxTxD, cache
@@ -168,6 +183,7 @@ class Transformer(nn.Module):
         embed_VxD = self.param("embed", _init(("vocab", "embed"), cfg.d_model), (cfg.vocab_size, cfg.d_model))
         length = cache.length if cache is not None else jnp.int32(0)
         positions_BxT = _positions(tokens_BxT, segment_BxT, length)
+        angles = rotation(positions_BxT, cfg) if cfg.positions == "rotary" else None
         # The tied matrix has variance 1/D for the logits; sqrt(D) lifts the input to 1 (Vaswani et al. 2017, 3.4).
         x_BxTxD = embed_VxD.astype(dtype)[tokens_BxT] * dtype.type(cfg.d_model**0.5)
         if cfg.positions == "learned":
@@ -187,14 +203,15 @@ class Transformer(nn.Module):
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(cfg, self.train, name="blocks")
         kv = cache[:2] if cache is not None else None
-        x_BxTxD, kv = layers(x_BxTxD, kv, positions_BxT, segment_BxT, length)
+        x_BxTxD, kv = layers(x_BxTxD, kv, angles, segment_BxT, length)
         if cfg.norm_position == "pre":  # a post-norm block ends in one already
             x_BxTxD = Norm(cfg.norm, name="norm")(x_BxTxD)
         if cfg.tie_embeddings:
-            head_DxV = embed_VxD.T
+            # The barrier keeps the gradient's product DxV: turned round by XLA's CPU compiler it costs 10 % of a small step.
+            head_DxV = jax.lax.optimization_barrier(embed_VxD.T)
         else:
             head_DxV = self.param("head", _init(("embed", "vocab"), cfg.d_model), (cfg.d_model, cfg.vocab_size))
-        logits_BxTxV = (x_BxTxD @ head_DxV.astype(dtype)).astype(jnp.float32)
+        logits_BxTxV = project(x_BxTxD, head_DxV).astype(jnp.float32)
         if cfg.logit_softcap:
             logits_BxTxV = cfg.logit_softcap * jnp.tanh(logits_BxTxV / cfg.logit_softcap)
         if cache is None:
@@ -204,10 +221,11 @@ class Transformer(nn.Module):
 
 
 def _positions(tokens_BxT: jax.Array, segment_BxT: jax.Array | None, length: jax.Array) -> jax.Array:
-    """Positions count from the start of the row, or of the document where segments tell documents apart."""
-    index_BxT = jnp.broadcast_to(jnp.arange(tokens_BxT.shape[1], dtype=jnp.int32)[None, :], tokens_BxT.shape) + length
+    """Positions count from the start of the row, 1xT, or of the document where segments tell documents apart, BxT."""
+    index_1xT = jnp.arange(tokens_BxT.shape[1], dtype=jnp.int32)[None, :] + length
     if segment_BxT is None:
-        return index_BxT
+        return index_1xT
+    index_BxT = jnp.broadcast_to(index_1xT, tokens_BxT.shape)
     changes_BxT = segment_BxT[:, 1:] != segment_BxT[:, :-1]
     starts_BxT = jnp.concatenate([jnp.ones_like(segment_BxT[:, :1], bool), changes_BxT], axis=1)
     return index_BxT - jax.lax.cummax(jnp.where(starts_BxT, index_BxT, 0), axis=1)

@@ -10,7 +10,9 @@ def token_nll(logits_BxTxV: jax.Array, targets_BxT: jax.Array) -> tuple[jax.Arra
     """Negative log-likelihood of each target in nats, and logsumexp(logits), both float32 and BxT."""
     logits_BxTxV = logits_BxTxV.astype(jnp.float32)
     lse_BxT = jax.nn.logsumexp(logits_BxTxV, axis=-1)
-    picked_BxT = jnp.take_along_axis(logits_BxTxV, targets_BxT[..., None], axis=-1)[..., 0]
+    # A comparison and not a gather, whose gradient is a scatter: slow on a CPU, in no fixed order on a GPU.
+    vocab_1x1xV = jnp.arange(logits_BxTxV.shape[-1], dtype=targets_BxT.dtype)[None, None, :]
+    picked_BxT = jnp.where(vocab_1x1xV == targets_BxT[..., None], logits_BxTxV, 0).sum(-1)
     return lse_BxT - picked_BxT, lse_BxT
 
 

@@ -422,9 +422,9 @@ def test_dropout_masks_differ_between_embedding_and_layers():
 @functools.partial(jax.jit, static_argnums=0)
 def added_by_block(train, block, x_BxTxD, key):
     """What the branches of a block add to its input."""
-    positions_BxT = jnp.arange(x_BxTxD.shape[1], dtype=jnp.int32)[None, :]
+    angles = transformer.rotation(jnp.arange(x_BxTxD.shape[1], dtype=jnp.int32)[None, :], DROPPING)
     module, rngs = transformer.Block(DROPPING, train), {"dropout": key} if train else {}
-    return module.apply({"params": block}, x_BxTxD, None, positions_BxT, None, jnp.int32(0), rngs=rngs)[0] - x_BxTxD
+    return module.apply({"params": block}, x_BxTxD, None, angles, None, jnp.int32(0), rngs=rngs)[0] - x_BxTxD
 
 
 @pytest.mark.parametrize("silent", [("mlp", "down"), ("attention", "out")])
