@@ -280,11 +280,9 @@ def whisker(axes: Axes, x: float, y: float, *, xs: Any = None, ys: Any = None, c
         axes.errorbar([x], [(low + high) / 2], yerr=(high - low) / 2, **cap)
 
 
-def dots(axes: Axes, x: Any, y: np.ndarray, error: np.ndarray, colors: Iterable[Any]) -> None:
-    """Measurements with their standard errors."""
-    each: Any = list(colors)
-    axes.errorbar(x, y, yerr=np.nan_to_num(error), fmt="none", ecolor=each, elinewidth=0.8, zorder=2.9)
-    axes.scatter(x, y, s=14, c=each, edgecolors="white", linewidths=0.35, zorder=3)
+def dots(axes: Axes, x: Any, y: np.ndarray, colors: Iterable[Any]) -> None:
+    """Measurements. Their standard errors are over held-out documents, which all share: bars would show differences as unsure."""
+    axes.scatter(x, y, s=14, c=list(colors), edgecolors="white", linewidths=0.35, zorder=3)
 
 
 def star(axes: Axes, x: float, y: float) -> None:

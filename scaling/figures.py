@@ -95,8 +95,8 @@ def heights(done: Iterable[Row], told: Iterable[Row]) -> list[float]:
 
 
 def draw_trials(axes: Any, done: Sequence[Row], x: str, colors: Iterable[Any]) -> None:
-    """Loss against the column `x`, with standard errors."""
-    drawing.dots(axes, column(done, x), column(done, "loss"), column(done, "loss_se"), colors)
+    """Loss against the column `x`."""
+    drawing.dots(axes, column(done, x), column(done, "loss"), colors)
 
 
 def draw_outcome(axes: Any, told: Iterable[Row], x: str, entries: dict[str, Any]) -> None:
@@ -108,10 +108,6 @@ def draw_outcome(axes: Any, told: Iterable[Row], x: str, entries: dict[str, Any]
             drawing.star(axes, row[x], row["loss"])
             entries["forecast, with interval"] = key_star()
         else:
-            error = row["loss_se"] or 0
-            drawing.whisker(
-                axes, row[x], row["loss"], ys=(row["loss"] - error, row["loss"] + error), color="black", z=7
-            )
             drawing.diamond(axes, row[x], row["loss"])
             entries["measured"] = key_diamond()
 
@@ -172,11 +168,13 @@ def isoflop(trials: Sequence[Row], minima: Sequence[Row], told: Sequence[Row], p
     axes.set(xlabel=N_LABEL, ylabel=LOSS_LABEL)
     drawing.legend(figure, entries, 2)
     caption = "Final loss against total parameters N (tied embedding counted once), one colour a budget C = 6ND (FLOPs)"
-    caption += ", with the standard error of each evaluation over documents, which all trials share"
     caption += "; a triangle marks where the parabola in ln N puts the best size." if minima else "."
     if edges:
         caption += f" Hollow: the minimum of {len(edges)} of {len(minima)} budgets lies at the edge of the sizes tried,"
         caption += " which only bounds the optimum."
+    shared = column(done, "loss_se")
+    if np.isfinite(shared).any():
+        caption += f" Not drawn: the standard error over held-out documents, {np.nanmedian(shared):.2g}, which all trials share."
     return Plot("isoflop", "isoFLOP curves", caption, figure, rows + list(told))
 
 
@@ -219,14 +217,12 @@ def zoom(axes: Any, forecast: Row, measured: Row) -> None:
     from matplotlib.ticker import MaxNLocator
 
     inset = axes.inset_axes((0.52, 0.7, 0.47, 0.27))
-    low, high, error = forecast["loss_low"], forecast["loss_high"], measured["loss_se"] or 0
-    ends = (measured["loss"] - error, measured["loss"] + error)
+    low, high = forecast["loss_low"], forecast["loss_high"]
     inset.axvspan(low, high, color=FORECAST, alpha=0.1, linewidth=0)
     drawing.whisker(inset, forecast["loss"], 1, xs=(low, high), color=FORECAST, z=5)
     drawing.star(inset, forecast["loss"], 1)
-    drawing.whisker(inset, measured["loss"], 0, xs=ends, color="black", z=5)
     drawing.diamond(inset, measured["loss"], 0)
-    left, right = min(low, ends[0]), max(high, ends[1])
+    left, right = min(low, measured["loss"]), max(high, measured["loss"])
     margin = 0.15 * (right - left) or 0.01
     inset.set(
         xlim=(left - margin, right + margin), ylim=(-0.8, 1.8), yticks=[0, 1], yticklabels=["measured", "forecast"]
@@ -414,14 +410,14 @@ def residuals(trials: Sequence[Row], predict: Predict | None, told: Sequence[Row
     if not done or predict is None:
         return None
     c, expected = column(done, "C_flops"), predict(column(done, "N_params"), column(done, "D_tokens"))
-    relative, error = 100 * (column(done, "loss") / expected - 1), 100 * column(done, "loss_se") / expected
+    relative = 100 * (column(done, "loss") / expected - 1)
     rows = trial_rows(done, predicted=expected, residual_percent=relative)
     figure, (axes,) = drawing.new_figure(height=3.0)
     color = shades(t.get("budget") or 0 for t in done)
     axes.axhline(0, color=LAW, linewidth=0.9, zorder=2)
-    drawing.dots(axes, c, relative, error, [color[t.get("budget") or 0] for t in done])
+    drawing.dots(axes, c, relative, [color[t.get("budget") or 0] for t in done])
     entries, compute = {"trials": key(NEUTRAL, "o")}, list(c)
-    widest = [np.nanmax(np.abs(relative) + np.nan_to_num(error))]
+    widest = [np.nanmax(np.abs(relative))]
     if len(told) == 2:
         forecast, measured = told
         gap, *ends = (
