@@ -8,8 +8,10 @@ from __future__ import annotations
 import dataclasses
 import json as jsonlib
 import os
+import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,7 +98,8 @@ def _prepare(config: Config) -> Prepared:
 def _print_trials(rows: Sequence[Mapping[str, Any]], json: bool) -> None:
     from scaling import tables
 
-    print(jsonlib.dumps({"trials": tables.finite(rows)}) if json else tables.terminal_text(rows))
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    print(jsonlib.dumps({"trials": tables.finite(rows)}) if json else tables.terminal_text(rows, width))
 
 
 def work(folder: Path, index: int, workers: int) -> None:
@@ -117,6 +120,9 @@ def status(options: StatusOptions) -> None:
         if options.watch and sys.stdout.isatty():
             print("\033[2J\033[H", end="")
         _print_trials(rows, options.json)
+        if not options.json:
+            count = Counter(row["status"] for row in rows)
+            print(", ".join(f"{number} {state}" for state, number in count.items()))
         if not options.watch or all(row["status"] in ledger.ENDED for row in rows):
             return
         time.sleep(2)

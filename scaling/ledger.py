@@ -26,6 +26,7 @@ from typing import Any
 from llm_jax import files
 from llm_jax.config import BadInput, Config, did_you_mean, from_dict, to_dict
 from llm_jax.data.prepare import Prepared
+from llm_jax.training.metrics import read_metrics
 from scaling import tables
 from scaling.experiment import DERIVED, Experiment, Trial
 
@@ -190,7 +191,10 @@ def _cpu_info() -> list[str]:
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
-    """One dict a trial, cheap ones first: id, status, the point, counts under each convention, settings, and the result."""
+    """One dict a trial, cheap ones first: id, status, the point, counts under each convention, settings, and the result.
+
+    One that is running has its "progress" too, a fraction.
+    """
     found = []
     for trial in trials(folder):
         path = trial_folder(folder, trial.id)
@@ -216,6 +220,8 @@ def rows(folder: Path) -> list[dict[str, Any]]:
             "hardware": timing.get("hardware", ""),
         }
         row |= {name: value for name, value in trial.point.items() if name not in DERIVED}
+        if state == "running" and (lines := read_metrics(path)):
+            row["progress"] = lines[-1]["step"] / trial.config.num_steps
         found.append(row)
     return found
 

@@ -19,6 +19,7 @@ from scaling import expressions
 TERMINAL_FORMATS = {
     "id": "{}",
     "status": "{}",
+    "progress": "{:.0%}",
     "depth": "{:g}",
     "N_params": "{:,}",
     "D_tokens": "{:,}",
@@ -31,6 +32,17 @@ TERMINAL_FORMATS = {
     "reason": "{}",
 }
 """The columns of a ledger that a terminal shows, in their order."""
+DISPENSABLE = (
+    "bits_per_byte",
+    "tokens_per_step",
+    "tokens_per_second",
+    "C_flops",
+    "peak_lr",
+    "depth",
+    "D_tokens",
+    "reason",
+)
+"""What a narrow terminal does without, the first first."""
 
 
 @dataclass(frozen=True)
@@ -139,11 +151,18 @@ def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
     return text.getvalue()
 
 
-def terminal_text(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The columns of TERMINAL_FORMATS in which any row has something, aligned; the first two to the left, the rest to the right."""
+def terminal_text(rows: Sequence[Mapping[str, Any]], width: int | None = None) -> str:
+    """The columns of TERMINAL_FORMATS in which any row has something, aligned; the first two to the left, the rest to the right.
+
+    Without the DISPENSABLE ones that `width` characters have no room for.
+    """
     names = [name for name in TERMINAL_FORMATS if any(row.get(name) not in (None, "") for row in rows)]
-    table = [names, *([_cell(name, row.get(name)) for name in names] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    columns = {name: [name, *(_cell(name, row.get(name)) for row in rows)] for name in names}
+    wide = {name: max(map(len, column)) for name, column in columns.items()}
+    for name in DISPENSABLE:
+        if width is not None and sum(wide.values()) + 2 * (len(wide) - 1) > width:
+            wide.pop(name, None)
+    widths, table = list(wide.values()), list(zip(*(columns[name] for name in wide), strict=True))
     return "\n".join(
         "  ".join(
             cell.ljust(width) if i < 2 else cell.rjust(width)

@@ -152,7 +152,6 @@ def train(
                 if bad_step is None and evaluates:
                     metrics.write_evaluation(step, cfg, evaluate(params=state.params))
                 if bad_step is None and boundary:
-                    metrics.flush()
                     if trunk and step in branch_steps:  # first: a kill between the two must not lose the branch
                         trunk.save(step, state, iterator)
                     checkpoints.save(step, state, iterator)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from llm_jax import files
 from llm_jax.config import Config
-from llm_jax.training.pretrain import Evaluation
+
+if TYPE_CHECKING:  # loads JAX; reading metrics does without
+    from llm_jax.training.pretrain import Evaluation
 
 
 class Metrics:
@@ -26,7 +28,8 @@ class Metrics:
             if line.endswith("\n") and json.loads(line)["step"] <= step:
                 kept.append(line)
         files.write_atomic(path, "".join(kept))
-        self._file = open(path, "a")  # noqa: SIM115 (closed by close)
+        # By lines: a restart from a checkpoint finds the lines of all steps before it, and `status` those of a run under way.
+        self._file = open(path, "a", buffering=1)  # noqa: SIM115 (closed by close)
         self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1, flush_secs=30)
         self.last_loss = math.nan
 
@@ -50,16 +53,13 @@ class Metrics:
             if name not in ("step", "tokens"):
                 self._events.add_scalar(name, value, line["step"])
 
-    def flush(self) -> None:
-        """Before a checkpoint: a restart from it finds the lines of all steps before."""
-        self._file.flush()
-
     def close(self) -> None:
         self._file.close()
         self._events.close()
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Lines of metrics.jsonl."""
+    """Lines of metrics.jsonl; one that is being written is left out."""
     path = folder / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
