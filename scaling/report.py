@@ -13,6 +13,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from llm_jax import files
 from scaling import drawing, figures, tables
 from scaling.drawing import Plot, is_number
 from scaling.page import (
@@ -30,6 +31,7 @@ from scaling.page import (
     symbol,
     tile,
 )
+from scaling.progress import progress
 
 
 @dataclass(frozen=True)
@@ -294,9 +296,14 @@ def write(content: Content, folder: Path) -> Path:
     shelf = folder / "figures"
     shelf.mkdir(parents=True, exist_ok=True)
     body = []
-    for is_text, group in itertools.groupby(blocks, key=lambda block: isinstance(block, str)):
-        html = "\n".join(block if isinstance(block, str) else save(block, shelf) for block in group)
-        body.append(html if is_text else f'<div class="figures">{html}</div>')
+    with progress("report", len(blocks), " parts") as update:
+        for is_text, group in itertools.groupby(enumerate(blocks), key=lambda item: isinstance(item[1], str)):
+            parts = []
+            for i, block in group:
+                parts.append(block if isinstance(block, str) else save(block, shelf))
+                update(i + 1, "")
+            html = "\n".join(parts)
+            body.append(html if is_text else f'<div class="figures">{html}</div>')
     path = folder / "report.html"
-    path.write_text(PAGE.format(title=escape(content.title), css=CSS, body="\n".join(body)), encoding="utf-8")
+    files.write_atomic(path, PAGE.format(title=escape(content.title), css=CSS, body="\n".join(body)))
     return path
