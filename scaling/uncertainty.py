@@ -18,7 +18,7 @@ from llm_jax.config import BadInput
 from scaling.fit import Fit, fit, prepare
 from scaling.isoflop import budgets
 from scaling.laws import COUPLED, Law
-from scaling.solver import Problem, huber, minimise, objective_delta
+from scaling.solver import Problem, huber, minimise
 from scaling.tables import Table
 
 
@@ -86,7 +86,7 @@ def resample(groups_R: np.ndarray, samples: int, parameters: int, rng: np.random
 def _refit(problem: Problem, theta_P: np.ndarray, weights_SxR: np.ndarray, max_steps: int = 400) -> np.ndarray:
     """Theta_SxP of fits under each row of weights, from the optimum; also from a middling E if the optimum has none."""
     starts = [theta_P]
-    names, lowest = problem.law.parameters, problem.log_loss.min()
+    names, lowest = problem.law.parameters, problem.target.min()
     moves = problem.free_P is None or dict(zip(names, problem.free_P, strict=True)).get("E")
     if "E" in names and moves and theta_P[names.index("E")] < lowest - 3:
         # Close to its bound E has no slope left to come back along, though many resamples would have it higher.
@@ -100,11 +100,11 @@ def _refit(problem: Problem, theta_P: np.ndarray, weights_SxR: np.ndarray, max_s
 def bootstrap(result: Fit, table: Table, samples: int = 1000, seed: int = 0) -> Bootstrap:
     """Refits the law to `samples` resamples of the rows, all side by side, under the objective of the fit."""
     law = result.law
-    table, log_KxR, log_loss, _ = prepare(law, table)
-    centre_K = log_KxR.mean(1)
+    table, log_KxR, target, _ = prepare(law, table)
+    centre_K = law.centre(log_KxR)
     x_KxR = log_KxR - centre_K[:, None]
     weights = resample(_groups(table), samples, len(law.parameters), np.random.default_rng(seed))
-    problem = Problem(law, x_KxR, log_loss, objective_delta(result.objective), law.bounds(x_KxR, log_loss))
+    problem = Problem(law, x_KxR, target, result.delta, law.bounds(x_KxR, target))
     theta_SxP = law.shift(_refit(problem, law.shift(result.theta, centre_K), weights), -centre_K)
     natural_SxP = law.natural(theta_SxP)
     low_P, high_P = np.quantile(natural_SxP, [0.025, 0.975], axis=0)
@@ -182,7 +182,7 @@ def prediction_interval(
     rows, parameters = len(table), len(law.parameters)
     if rows < parameters + 3:
         raise BadInput(f"a forecast by {law.name} needs {parameters + 3} rows, the table has {rows}")
-    centre_K = log_KxR.mean(1)
+    centre_K = law.centre(log_KxR)
     x_KxR = log_KxR - centre_K[:, None]
     at_Kx1 = np.log([[n_params], [d_tokens]]) - centre_K[:, None]
     # Least squares uses the rows better than a width of 1e-3; rows beyond two standard deviations still count linearly.
@@ -252,7 +252,7 @@ def _future_error(problem: Problem, table: Table, theta_P: np.ndarray, noise: fl
     if not past:
         return 0.0
     theta_SxP = _refit(problem, theta_P, np.array(past, float))
-    errors = problem.law.evaluate(theta_SxP, problem.x_KxR)[0] - problem.log_loss
+    errors = problem.law.evaluate(theta_SxP, problem.x_KxR)[0] - problem.target
     squares = np.concatenate([error[~rows] ** 2 for error, rows in zip(errors, past, strict=True)])
     reach = np.concatenate([log_c[~rows] - log_c[rows].max() for rows in past])
     return float(np.sqrt(max(0.0, squares.mean() - noise**2)) / max(reach.mean(), 0.1))
