@@ -13,7 +13,6 @@ import numpy as np
 
 from llm_jax.config import BadInput, did_you_mean
 from scaling.laws import dense, downstream, moe
-from scaling.laws.chinchilla import CHINCHILLA, COUPLED
 from scaling.laws.law import FLOOR, Law, Parameter, by_function, exponent, fraction, law, positive, scale
 
 __all__ = [
@@ -21,13 +20,9 @@ __all__ = [
     "positive", "scale",
 ]  # fmt: skip
 
-LAWS = {
-    one.name: one
-    for one in (
-        CHINCHILLA,
-        *(found for room in (dense, moe, downstream) for found in vars(room).values() if isinstance(found, Law)),
-    )
-}
+CHINCHILLA, COUPLED = dense.chinchilla, dense.coupled
+
+LAWS = {one.name: one for room in (dense, moe, downstream) for one in vars(room).values() if isinstance(one, Law)}
 
 GREEK = ("alpha", "beta", "gamma", "delta", "eta", "theta", "kappa", "lam", "mu", "nu", "rho", "tau", "phi", "zeta")
 

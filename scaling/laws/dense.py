@@ -10,6 +10,37 @@ from scaling.laws.law import exponent, law, positive, scale
 
 
 @law(
+    "chinchilla",
+    "L = E + A / N^alpha + B / D^beta",
+    "Hoffmann et al. 2022, arXiv:2203.15556, eq. 2 (approach 3); refitted by Besiroglu et al. 2024, arXiv:2404.10102",
+    A=scale(),
+    B=scale(),
+    E=scale(),
+    alpha=exponent(),
+    beta=exponent(),
+)
+def chinchilla(N_params, D_tokens, A, B, E, alpha, beta):
+    """Loss in nats a token of N parameters trained on D tokens, each seen once."""
+    return E + A / N_params**alpha + B / D_tokens**beta
+
+
+@law(
+    "coupled",
+    "L = E + (A / N^alpha + B / D^beta)^gamma",
+    "Kaplan et al. 2020, arXiv:2001.08361, eq. 1.5, with the E of Hoffmann et al. 2022; gamma = 1 is theirs",
+    A=scale(),
+    B=scale(),
+    E=scale(),
+    alpha=exponent(),
+    beta=exponent(),
+    gamma=positive(0.5, 2, 0.135, 7.39),
+)
+def coupled(N_params, D_tokens, A, B, E, alpha, beta, gamma):
+    """Not a law to print, few tables tell its six parameters apart; a rival for forecasts."""
+    return E + (A / N_params**alpha + B / D_tokens**beta) ** gamma
+
+
+@law(
     "kaplan-n",
     "L = (N_c / N)^alpha_N",
     "Kaplan et al. 2020, arXiv:2001.08361, eq. 1.1; N without embeddings there",

@@ -29,7 +29,7 @@ from scaling.laws import units
 from scaling.laws.dual import Dual
 
 FLOOR = 1e-6
-"""A term at or below this share of the lowest loss is zero for every purpose; the solver stops there."""
+"""A term at or below this share of the median loss is zero for every purpose; the solver stops there."""
 STARTS = 64
 """Starts of a fit by an automatic law: the best of POOL points of a Sobol sequence, the same ones every time."""
 POOL = 1024
@@ -79,7 +79,7 @@ class Parameter:
 
 def scale(low: float = 0.02, high: float = 1.0) -> Parameter:
     """A positive number in units of the target, such as E or A of L = E + A / N^alpha, in medians of the target."""
-    return Parameter("positive", low, high, FLOOR * low, 1e3 * high, of_target=True)
+    return Parameter("positive", low, high, FLOOR, 20 * high, of_target=True)
 
 
 def positive(
