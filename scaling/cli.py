@@ -20,6 +20,7 @@ from scaling.options import (
     FitOptions,
     ForecastOptions,
     GenerateOptions,
+    PlanOptions,
     ReportOptions,
     StatusOptions,
     SweepOptions,
@@ -148,6 +149,27 @@ def verify(options: VerifyOptions) -> None:
     print(jsonlib.dumps(verdict) if options.json else forecasting.describe_verdict(options.run, verdict))
 
 
+def plan(options: PlanOptions) -> None:
+    """Prints what a budget buys, and which runs would say so more sharply."""
+    from scaling import hardware, tables
+    from scaling import plan as planning
+
+    budget = hardware.budget(
+        options.compute, options.price, options.device_hours, options.chip, options.price_per_hour, options.mfu
+    )
+    planned = planning.plan(
+        options.table,
+        budget,
+        options.where,
+        served_tokens=options.served_tokens,
+        sweep_share=options.sweep_share,
+        sweep_runs=options.sweep_runs,
+        objective=options.objective,
+        samples=options.bootstrap,
+    )
+    print(jsonlib.dumps(tables.finite(planned)) if options.json else planning.describe(planned))
+
+
 def report(options: ReportOptions) -> None:
     """Writes the report and prints its summary and its path."""
     from scaling import analysis
@@ -224,6 +246,7 @@ VERBS: dict[str, tuple[Any, Callable[[Any], None]]] = {
     "fit": (FitOptions, fit),
     "forecast": (ForecastOptions, forecast),
     "verify": (VerifyOptions, verify),
+    "plan": (PlanOptions, plan),
     "report": (ReportOptions, report),
     "data": (DataOptions, data),
     "generate": (GenerateOptions, generate),

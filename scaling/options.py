@@ -100,6 +100,38 @@ class ForecastOptions:
 
 
 @dataclass(frozen=True)
+class PlanOptions:
+    """Say what a budget buys by the fitted law: best N and D, cost of other sizes, serving, and the next sweep."""
+
+    table: Annotated[Positional[Path], arg(metavar="RUN|TABLE.csv")]
+    compute: float | None = None
+    """FLOPs of the run to plan, 6 N D; or give --price or --device_hours."""
+    price: float | None = None
+    """What the run may cost, with --chip and --price_per_hour."""
+    device_hours: float | None = None
+    """Hours of one chip times the chips, with --chip."""
+    chip: str | None = None
+    """For instance a100, h100, h200, b200, mi300x, tpu-v5e or tpu-v6e."""
+    price_per_hour: float | None = None
+    """Of one chip; no price is known here."""
+    mfu: float = 0.4
+    """Model FLOPs utilisation: the share of the chip's dense bf16 peak that training reaches."""
+    served_tokens: float | None = None
+    """Tokens to be served in the model's life; also finds the model of the same loss that costs least in all."""
+    sweep_share: float = 0.1
+    """Of the budget, for the next sweep."""
+    sweep_runs: int = 8
+    """At most, in the next sweep."""
+    objective: str = "huber:1e-3"
+    """As for llm-jax fit."""
+    where: str = ""
+    """Rows to keep, as for llm-jax fit."""
+    bootstrap: int = 1000
+    """Resamples for the intervals."""
+    json: Json = False
+
+
+@dataclass(frozen=True)
 class VerifyOptions:
     """Train the run that was forecast, and score the forecast."""
 
