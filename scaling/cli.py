@@ -127,7 +127,12 @@ def fit(options: FitOptions) -> None:
     """Fits a law to a table and prints what was found."""
     from scaling import analysis
 
-    found = analysis.fit_table(options.table, options.law, options.objective, options.where, options.bootstrap)
+    if options.list:
+        print(analysis.listing())
+        return
+    if options.table is None:
+        raise BadInput("fit needs a RUN or a TABLE.csv; see llm-jax fit --help")
+    found = analysis.fit_table(options.table, options.law, options.objective, options.where, options.ci, options.hold)
     print(found.to_json() if options.json else found.summary())
 
 

@@ -72,16 +72,21 @@ class StatusOptions:
 
 @dataclass(frozen=True)
 class FitOptions:
-    """Fit a scaling law to a run, or to any CSV with columns N_params, D_tokens, loss."""
+    """Fit a scaling law to a run, or to any CSV with the columns that the law reads."""
 
-    table: Annotated[Positional[Path], arg(metavar="RUN|TABLE.csv")]
+    table: Annotated[Positional[Path | None], arg(metavar="RUN|TABLE.csv")] = None
     law: str = "chinchilla"
-    objective: str = "huber:1e-3"
-    """huber:DELTA in log space, or lsq."""
+    """A name that --list shows, or a function of your own, path/to/file.py:function."""
+    objective: str = ""
+    """huber:DELTA, l1 or lsq, each with :scale for noise of fitted width, :log or :linear; default: that of the law's paper."""
     where: str = ""
     """Rows to keep, for instance 'excluded_by_paper == 0 and N_params > 1e6'."""
-    bootstrap: int = 1000
-    """Resamples for the intervals; 0 for none."""
+    ci: str = "bootstrap"
+    """Way to the 95 % intervals: bootstrap, bootstrap:N for N resamples, or none."""
+    hold: tuple[str, ...] = ()
+    """NAME=VALUE ...: parameters that are given, not fitted."""
+    list: bool = False
+    """List all laws with formula and columns, and stop."""
     json: Json = False
 
 

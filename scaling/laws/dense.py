@@ -104,6 +104,21 @@ def critical_batch(loss, B_star, alpha_B):
     return B_star / loss ** (1 / alpha_B)
 
 
+def repeated(N_params, D_tokens, D_unique, A, B, E, alpha, beta, R_N_star, R_D_star):
+    """Muennighoff et al. 2023: D_eff = U + U R_D* (1 - exp(-R_D / R_D*)), R_D = D / U - 1 repetitions of U unique tokens.
+
+    N_eff alike from U_N = min(N, the compute-optimal N of U tokens). R_N*, R_D* are in repetitions.
+    """
+    balance = alpha * A / (beta * B)
+    optimal = np.exp((np.log(balance) + beta * np.log(D_unique)) / alpha)  # alpha A / N^alpha = beta B / D^beta
+    used = np.minimum(N_params, optimal)
+    excess = np.maximum(N_params / used - 1, 0)
+    repeats = np.maximum(D_tokens / D_unique - 1, 0)
+    n_eff = used * (1 - R_N_star * np.expm1(-excess / R_N_star))
+    d_eff = D_unique * (1 - R_D_star * np.expm1(-repeats / R_D_star))
+    return E + A / n_eff**alpha + B / d_eff**beta
+
+
 @law(
     "data-constrained",
     "L = E + A / N_eff^alpha + B / D_eff^beta",
@@ -117,19 +132,24 @@ def critical_batch(loss, B_star, alpha_B):
     R_D_star=positive(0.5, 50, 1e-2, 1e6),
 )
 def data_constrained(N_params, D_tokens, D_unique, A, B, E, alpha, beta, R_N_star, R_D_star):
-    """Loss in nats a token where tokens repeat and parameters exceed what the unique tokens can use.
+    """Loss in nats a token where tokens repeat and parameters exceed what the unique tokens can use; see `repeated`."""
+    return repeated(N_params, D_tokens, D_unique, A, B, E, alpha, beta, R_N_star, R_D_star)
 
-    D_eff = U + U R_D* (1 - exp(-R_D / R_D*)) with R_D = D / U - 1 repetitions of U unique tokens; N_eff alike from
-    U_N = min(N, the compute-optimal N of U tokens). R_N*, R_D* are the half-lives of excess, in repetitions.
-    """
-    balance = alpha * A / (beta * B)
-    optimal = np.exp((np.log(balance) + beta * np.log(D_unique)) / alpha)  # alpha A / N^alpha = beta B / D^beta
-    used = np.minimum(N_params, optimal)
-    excess = np.maximum(N_params / used - 1, 0)
-    repeats = np.maximum(D_tokens / D_unique - 1, 0)
-    n_eff = used * (1 - R_N_star * np.expm1(-excess / R_N_star))
-    d_eff = D_unique * (1 - R_D_star * np.expm1(-repeats / R_D_star))
-    return E + A / n_eff**alpha + B / d_eff**beta
+
+C4 = {"A": np.exp(6.255414), "B": np.exp(7.3049974), "E": np.exp(0.6254804), "alpha": 0.3526596, "beta": 0.3526596}
+"""What Muennighoff et al. 2023 hold while they fit R_N* and R_D* on C4 (huggingface/datablations)."""
+
+
+@law(
+    "data-constrained-c4",
+    "L = 1.869 + 520.8 / N_eff^0.3527 + 1488 / D_eff^0.3527",
+    "Muennighoff et al. 2023, arXiv:2305.16264, section 5: the values that hold without repetition on C4 are given",
+    R_N_star=positive(0.5, 50, 1e-2, 1e6),
+    R_D_star=positive(0.5, 50, 1e-2, 1e6),
+)
+def data_constrained_c4(N_params, D_tokens, D_unique, R_N_star, R_D_star):
+    """The law "data-constrained" with R_N* and R_D* alone to fit, as the paper does."""
+    return repeated(N_params, D_tokens, D_unique, **C4, R_N_star=R_N_star, R_D_star=R_D_star)
 
 
 @law(

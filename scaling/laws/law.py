@@ -127,6 +127,8 @@ class Law:
     """(theta_...xP, by_K) -> theta of the same curve over columns x - by."""
     natural: Callable[[np.ndarray], np.ndarray] = field(repr=False)
     """theta_...xP -> the values named by `parameters`, in their order."""
+    stored: Callable[[dict[str, float]], np.ndarray] = field(repr=False)
+    """Natural values of some parameters -> their part of theta."""
     centre: Callable[[np.ndarray], np.ndarray] = field(default=lambda x_KxR: x_KxR.mean(1), repr=False)
     """x_KxR -> by_K: what may be taken from each log column."""
     target: str = "loss"
@@ -267,6 +269,7 @@ def by_function(
         natural=lambda theta: np.stack(
             [kind.natural(one) for kind, one in zip(each, np.moveaxis(theta, -1, 0), strict=True)], -1
         ),
+        stored=lambda values: np.array([kinds[key].stored(value) for key, value in values.items()], float),
         centre=found.centre,
         target=target,
         log=log,

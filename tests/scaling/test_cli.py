@@ -55,7 +55,7 @@ def test_the_main_job(experiment, capsys, tmp_path):
     assert {row["status"] for row in trials} == {"done"}
     folder = tmp_path / "runs" / "tiny"
 
-    status, out, _ = run(capsys, "fit", folder, "--json", "--bootstrap", 100)
+    status, out, _ = run(capsys, "fit", folder, "--json", "--ci", "bootstrap:100")
     fitted = json.loads(out)
     assert status == 0
     assert fitted["law"] == "chinchilla"
