@@ -6,6 +6,7 @@ Numerics are imported inside the verbs, so that --help answers at once.
 from __future__ import annotations
 
 import dataclasses
+import io
 import json as jsonlib
 import os
 import sys
@@ -273,6 +274,9 @@ def _usage() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a verb. Returns the exit status: 0, 2 for bad input, 130 when interrupted, 141 for a closed pipe."""
     words = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):  # a terminal that cannot draw a letter is no reason to stop
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     if not words or words[0] in ("-h", "--help", "help"):
         print(_usage())
         return 0 if words else 2

@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_type_hints
 
 import tyro
 from tyro.conf import Positional, UseAppendAction, arg
@@ -202,6 +202,7 @@ def parse(kind: Any, words: Sequence[str], verb: str) -> Any:
 
 def _parse(kind: type[Options], words: Sequence[str], verb: str, default: Options | None = None) -> Options:
     """tyro's parser; what it refuses becomes one line."""
+    _check_words(kind, words, verb)
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -218,10 +219,7 @@ def _parse(kind: type[Options], words: Sequence[str], verb: str, default: Option
             raise
         raise BadInput(_one_line(said.getvalue())) from None
     if unknown:
-        word = next((word for word in unknown if word.startswith("-")), unknown[0])
-        if word.startswith("-"):
-            raise BadInput(f'"{word}" is no option of {verb}{did_you_mean(word, _flags(kind))}')
-        raise BadInput(f'{verb} does not take "{word}"; see llm-jax {verb} --help')
+        raise BadInput(f'{verb} does not take "{unknown[0]}"; see llm-jax {verb} --help')
     assert found is not None  # only a default that is None could be
     return found
 
@@ -238,15 +236,36 @@ def _plain_numbers(words: Sequence[str]) -> list[str]:
     return plain
 
 
+NEED_VALUES = ("--data.files", "--hold")
+"""Options of several values, of which tyro would take none at all."""
+
+
+def _check_words(kind: Any, words: Sequence[str], verb: str) -> None:
+    """Refuses options that are none, and those without the values they need."""
+    flags = _flags(kind)
+    for word, after in zip(words, [*words[1:], "--"], strict=False):
+        name = word.partition("=")[0]
+        if not re.fullmatch(r"--?[A-Za-z][\w.-]*", name) or name in ("-h", "--help"):
+            continue
+        plain = "--" + name.lstrip("-").replace("-", "_")
+        asserted = re.sub(r"([.-])no_(?=[^.]*$)", r"\1", plain)
+        if not name.startswith("--") or not {plain, asserted} & set(flags):
+            raise BadInput(f'"{word}" is no option of {verb}{did_you_mean(name, flags)}')
+        if plain in NEED_VALUES and "=" not in word and after.startswith("--"):
+            raise BadInput(f"{plain} needs at least one value")
+
+
 def _flags(kind: Any) -> list[str]:
-    """All options of a verb as they are typed."""
+    """All options of a verb as its help shows them."""
     groups = {"model": Model, "data": Data, "train": Train}
+    positional = get_args(Positional[int])[1]
+    hints = get_type_hints(kind, include_extras=True)
     flags = []
     for field in dataclasses.fields(kind):
         if field.name in groups:
             flags += [f"--{field.name}.{name}" for name in field_names(groups[field.name])]
-        else:
-            flags.append(f"--{field.name.replace('_', '-')}")
+        elif positional not in getattr(hints[field.name], "__metadata__", ()):
+            flags.append(f"--{field.name}")
     return flags
 
 
