@@ -6,6 +6,7 @@ Numerics are imported inside the verbs, so that --help answers at once.
 from __future__ import annotations
 
 import dataclasses
+import io
 import json as jsonlib
 import os
 import shutil
@@ -22,6 +23,7 @@ from scaling.options import (
     FitOptions,
     ForecastOptions,
     GenerateOptions,
+    PlanOptions,
     ReportOptions,
     StatusOptions,
     SweepOptions,
@@ -132,7 +134,12 @@ def fit(options: FitOptions) -> None:
     """Fits a law to a table and prints what was found."""
     from scaling import analysis
 
-    found = analysis.fit_table(options.table, options.law, options.objective, options.where, options.bootstrap)
+    if options.list:
+        print(analysis.listing())
+        return
+    if options.table is None:
+        raise BadInput("fit needs a RUN or a TABLE.csv; see llm-jax fit --help")
+    found = analysis.fit_table(options.table, options.law, options.objective, options.where, options.ci, options.hold)
     print(found.to_json() if options.json else found.summary())
 
 
@@ -152,6 +159,27 @@ def verify(options: VerifyOptions) -> None:
     ledger.describe(options.run)
     verdict = forecasting.verify(options.run, _prepare)
     print(jsonlib.dumps(verdict) if options.json else forecasting.describe_verdict(options.run, verdict))
+
+
+def plan(options: PlanOptions) -> None:
+    """Prints what a budget buys, and which runs would say so more sharply."""
+    from scaling import hardware, tables
+    from scaling import plan as planning
+
+    budget = hardware.budget(
+        options.compute, options.price, options.device_hours, options.chip, options.price_per_hour, options.mfu
+    )
+    planned = planning.plan(
+        options.table,
+        budget,
+        options.where,
+        served_tokens=options.served_tokens,
+        sweep_share=options.sweep_share,
+        sweep_runs=options.sweep_runs,
+        objective=options.objective,
+        samples=options.bootstrap,
+    )
+    print(jsonlib.dumps(tables.finite(planned)) if options.json else planning.describe(planned))
 
 
 def report(options: ReportOptions) -> None:
@@ -230,6 +258,7 @@ VERBS: dict[str, tuple[Any, Callable[[Any], None]]] = {
     "fit": (FitOptions, fit),
     "forecast": (ForecastOptions, forecast),
     "verify": (VerifyOptions, verify),
+    "plan": (PlanOptions, plan),
     "report": (ReportOptions, report),
     "data": (DataOptions, data),
     "generate": (GenerateOptions, generate),
@@ -251,6 +280,9 @@ def _usage() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a verb. Returns the exit status: 0, 2 for bad input, 130 when interrupted, 141 for a closed pipe."""
     words = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):  # a terminal that cannot draw a letter is no reason to stop
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     if not words or words[0] in ("-h", "--help", "help"):
         print(_usage())
         return 0 if words else 2

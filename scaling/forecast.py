@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ def register(folder: Path, compute: float | None, depth: float | None, level: fl
     if compute is None:
         raise BadInput("no target: the experiment names none; give --compute FLOPS")
     table = tables.read(folder)
-    chosen = choose_target(folder, table, float(compute), depth)
+    chosen = choose_target(folder, described, table, float(compute), depth)
     path, state = folder / "forecast.json", ledger.sha256(folder)
     if path.exists():
         known = files.read_json(path)
@@ -56,7 +56,7 @@ def register(folder: Path, compute: float | None, depth: float | None, level: fl
             f"nearest that is free: another --run for the sweep"
         )
     n, d = chosen.counts["N_params"], chosen.counts["D_tokens"]
-    prediction = uncertainty.prediction_interval(laws.by_name(described["law"]), table, n, d, level)
+    prediction = uncertainty.prediction_interval(laws.by_name(described["law"], table.columns), table, n, d, level)
     registered = {
         "registered_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "target": {"N": n, "D": d, "C": chosen.counts["C_flops"]},
@@ -79,10 +79,11 @@ def register(folder: Path, compute: float | None, depth: float | None, level: fl
     return registered
 
 
-def choose_target(folder: Path, table: tables.Table, compute: float, depth: float | None) -> Trial:
+def choose_target(
+    folder: Path, described: Mapping[str, Any], table: tables.Table, compute: float, depth: float | None
+) -> Trial:
     """The trial at `compute` on the rung `depth`, or on the one nearest N* there: by the power law through the isoFLOP minima where
-    two of them lie inside the grid, else by the law."""
-    described = ledger.describe(folder)
+    two of them lie inside the grid, else by the law. `described` is what ledger.describe says of the folder."""
     base, rungs = from_dict(Config, described["config"]), from_dict(Ladder, described["ladder"])
     if depth is not None:
         return trial(base, rungs, {"depth": depth, "compute": compute})
@@ -93,8 +94,8 @@ def choose_target(folder: Path, table: tables.Table, compute: float, depth: floa
         line = isoflop.frontier(isoflop.parabolas(table))
         best = line.coefficient * compute**line.exponent
     except BadInput:
-        law = laws.by_name(described["law"])
-        best = laws.optimum(fitting.fit(law, table).parameters, compute)[0]
+        law = laws.by_name(described["law"], table.columns)
+        best = fitting.optimum(fitting.fit(law, table), compute)[0]
     rungs_known = np.unique(np.asarray(known, float))
     gap = float(np.diff(rungs_known).min()) if len(rungs_known) > 1 else 1.0
     depths = np.arange(rungs_known[0], MARGIN * rungs_known[-1] + 1, gap).tolist()

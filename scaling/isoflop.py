@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from scipy import stats
+from scipy import interpolate, stats
 
 from llm_jax.config import BadInput
 from scaling.tables import Table
@@ -127,12 +127,13 @@ def _parabola(
     with np.errstate(over="ignore"):  # an interval may be unbounded
         n_low, n_high = np.exp(centre + u_low), np.exp(centre + u_high)
         d_low, d_high = np.exp(log_nd - centre - u_high), np.exp(log_nd - centre - u_low)
+        n_opt, d_opt = np.exp(centre + at), np.exp(log_nd - centre - at)
     loss_opt = float(point @ coefficients)
     return Parabola(
         budget=budget,
         n=len(u_R),
-        n_opt=float(np.exp(centre + at)),
-        d_opt=float(np.exp(log_nd - centre - at)),
+        n_opt=float(n_opt),
+        d_opt=float(d_opt),
         loss_opt=loss_opt,
         n_interval=(float(n_low), float(n_high)),
         d_interval=(float(d_low), float(d_high)),
@@ -155,6 +156,76 @@ def _fieller(c1: float, c2: float, covariance: np.ndarray, quantile: float) -> t
         return -np.inf, np.inf
     root = np.sqrt(max(0.0, linear**2 - 4 * square * constant))
     return (-linear - root) / (2 * square), (-linear + root) / (2 * square)
+
+
+def akima(table: Table) -> list[Parabola]:
+    """Minima of Akima's interpolation of the loss in log N, one for each budget with five sizes or more (Porian et al. 2024,
+    arXiv:2406.19146, section 2): no shape is assumed, so that a skewed curve does not pull its minimum. No intervals.
+    """
+    if "status" in table.columns:
+        table = table.select(table.column("status") == "done")
+    budget_R, log_n_R, loss_R = budgets(table), np.log(table.column("N_params")), table.column("loss")
+    log_nd_R = log_n_R + np.log(table.column("D_tokens"))
+    found = []
+    for budget in np.unique(budget_R):
+        rows = budget_R == budget
+        sizes = np.unique(log_n_R[rows])
+        if len(sizes) < 5:
+            continue
+        losses = np.array([loss_R[rows & (log_n_R == size)].mean() for size in sizes])
+        curve = interpolate.Akima1DInterpolator(sizes, losses)
+        turns = curve.derivative().roots(extrapolate=False)
+        candidates = np.concatenate([sizes, turns[np.isfinite(turns)]])
+        at = candidates[np.argmin(curve(candidates))]
+        edge: Literal["low", "high"] | None = "low" if at == sizes[0] else "high" if at == sizes[-1] else None
+        unknown = (np.nan, np.nan)
+        found.append(
+            Parabola(
+                budget=float(budget),
+                n=int(rows.sum()),
+                n_opt=float(np.exp(at)),
+                d_opt=float(np.exp(log_nd_R[rows].mean() - at)),
+                loss_opt=float(curve(at)),
+                n_interval=unknown,
+                d_interval=unknown,
+                loss_interval=unknown,
+                coefficients=(np.nan, np.nan, np.nan),
+                log_n_error=np.nan,
+                edge=edge,
+            )
+        )
+    if not found:
+        raise BadInput("no budget has five sizes: Akima's interpolation needs five values of N_params at one compute")
+    return found
+
+
+ENVELOPE_POINTS = 1500
+"""Values of compute at which the envelope is read (Hoffmann et al. 2022, section 3.1)."""
+
+
+def envelope(table: Table) -> tuple[np.ndarray, np.ndarray]:
+    """(C, N) of the lowest loss for a compute over the training curves of all sizes (Hoffmann et al. 2022, approach 1).
+
+    Rows are points of training curves, or runs of several lengths for each N_params; between them log loss is linear in
+    log C. BadInput with fewer than three sizes of two points, or where fewer than three sizes are ever the best.
+    """
+    log_c_R, loss_R, n_R = np.log(table.column("C_flops")), np.log(table.column("loss")), table.column("N_params")
+    curves = {}
+    for size in np.unique(n_R):
+        rows = np.flatnonzero(n_R == size)
+        rows = rows[np.argsort(log_c_R[rows])]
+        at, first = np.unique(log_c_R[rows], return_index=True)
+        if len(at) > 1:
+            curves[size] = at, loss_R[rows][first]
+    if len(curves) < 3:
+        raise BadInput(f"an envelope needs three sizes with two points of compute each, the table has {len(curves)}")
+    log_c = np.linspace(log_c_R.min(), log_c_R.max(), ENVELOPE_POINTS)
+    losses = np.array([np.interp(log_c, *curve, left=np.inf, right=np.inf) for curve in curves.values()])
+    best = np.array(list(curves))[losses.argmin(0)]
+    there = np.isfinite(losses).sum(0) > 1  # one curve alone has no rival
+    if len(np.unique(best[there])) < 3:
+        raise BadInput("fewer than three sizes are ever the best for their compute: the curves do not overlap enough")
+    return np.exp(log_c[there]), best[there]
 
 
 def frontier(curves: Sequence[Parabola]) -> PowerLaw:

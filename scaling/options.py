@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_type_hints
 
 import tyro
 from tyro.conf import Positional, UseAppendAction, arg
@@ -72,16 +72,21 @@ class StatusOptions:
 
 @dataclass(frozen=True)
 class FitOptions:
-    """Fit a scaling law to a run, or to any CSV with columns N_params, D_tokens, loss."""
+    """Fit a scaling law to a run, or to any CSV with the columns that the law reads."""
 
-    table: Annotated[Positional[Path], arg(metavar="RUN|TABLE.csv")]
+    table: Annotated[Positional[Path | None], arg(metavar="RUN|TABLE.csv")] = None
     law: str = "chinchilla"
-    objective: str = "huber:1e-3"
-    """huber:DELTA in log space, or lsq."""
+    """A name that --list shows, or a function of your own, path/to/file.py:function."""
+    objective: str = ""
+    """huber:DELTA, l1 or lsq, each with :scale for noise of fitted width, :log or :linear; default: that of the law's paper."""
     where: str = ""
     """Rows to keep, for instance 'excluded_by_paper == 0 and N_params > 1e6'."""
-    bootstrap: int = 1000
-    """Resamples for the intervals; 0 for none."""
+    ci: str = "bootstrap"
+    """Way to the 95 % intervals: bootstrap, bootstrap:N for N resamples, or none."""
+    hold: tuple[str, ...] = ()
+    """NAME=VALUE ...: parameters that are given, not fitted."""
+    list: bool = False
+    """List all laws with formula and columns, and stop."""
     json: Json = False
 
 
@@ -96,6 +101,38 @@ class ForecastOptions:
     """Rung of the ladder; default: the one nearest the law's optimum."""
     level: float = 0.9
     """Of the prediction interval."""
+    json: Json = False
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """Say what a budget buys by the fitted law: best N and D, cost of other sizes, serving, and the next sweep."""
+
+    table: Annotated[Positional[Path], arg(metavar="RUN|TABLE.csv")]
+    compute: float | None = None
+    """FLOPs of the run to plan, 6 N D; or give --price or --device_hours."""
+    price: float | None = None
+    """What the run may cost, with --chip and --price_per_hour."""
+    device_hours: float | None = None
+    """Hours of one chip times the chips, with --chip."""
+    chip: str | None = None
+    """For instance a100, h100, h200, b200, mi300x, tpu-v5e or tpu-v6e."""
+    price_per_hour: float | None = None
+    """Of one chip; no price is known here."""
+    mfu: float = 0.4
+    """Model FLOPs utilisation: the share of the chip's dense bf16 peak that training reaches."""
+    served_tokens: float | None = None
+    """Tokens to be served in the model's life; also finds the model of the same loss that costs least in all."""
+    sweep_share: float = 0.1
+    """Of the budget, for the next sweep."""
+    sweep_runs: int = 8
+    """At most, in the next sweep."""
+    objective: str = "huber:1e-3"
+    """As for llm-jax fit."""
+    where: str = ""
+    """Rows to keep, as for llm-jax fit."""
+    bootstrap: int = 1000
+    """Resamples for the intervals."""
     json: Json = False
 
 
@@ -165,6 +202,7 @@ def parse(kind: Any, words: Sequence[str], verb: str) -> Any:
 
 def _parse(kind: type[Options], words: Sequence[str], verb: str, default: Options | None = None) -> Options:
     """tyro's parser; what it refuses becomes one line."""
+    _check_words(kind, words, verb)
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -181,10 +219,7 @@ def _parse(kind: type[Options], words: Sequence[str], verb: str, default: Option
             raise
         raise BadInput(_one_line(said.getvalue())) from None
     if unknown:
-        word = next((word for word in unknown if word.startswith("-")), unknown[0])
-        if word.startswith("-"):
-            raise BadInput(f'"{word}" is no option of {verb}{did_you_mean(word, _flags(kind))}')
-        raise BadInput(f'{verb} does not take "{word}"; see llm-jax {verb} --help')
+        raise BadInput(f'{verb} does not take "{unknown[0]}"; see llm-jax {verb} --help')
     assert found is not None  # only a default that is None could be
     return found
 
@@ -201,15 +236,36 @@ def _plain_numbers(words: Sequence[str]) -> list[str]:
     return plain
 
 
+NEED_VALUES = ("--data.files", "--hold")
+"""Options of several values, of which tyro would take none at all."""
+
+
+def _check_words(kind: Any, words: Sequence[str], verb: str) -> None:
+    """Refuses options that are none, and those without the values they need."""
+    flags = _flags(kind)
+    for word, after in zip(words, [*words[1:], "--"], strict=False):
+        name = word.partition("=")[0]
+        if not re.fullmatch(r"--?[A-Za-z][\w.-]*", name) or name in ("-h", "--help"):
+            continue
+        plain = "--" + name.lstrip("-").replace("-", "_")
+        asserted = re.sub(r"([.-])no_(?=[^.]*$)", r"\1", plain)
+        if not name.startswith("--") or not {plain, asserted} & set(flags):
+            raise BadInput(f'"{word}" is no option of {verb}{did_you_mean(name, flags)}')
+        if plain in NEED_VALUES and "=" not in word and after.startswith("--"):
+            raise BadInput(f"{plain} needs at least one value")
+
+
 def _flags(kind: Any) -> list[str]:
-    """All options of a verb as they are typed."""
+    """All options of a verb as its help shows them."""
     groups = {"model": Model, "data": Data, "train": Train}
+    positional = get_args(Positional[int])[1]
+    hints = get_type_hints(kind, include_extras=True)
     flags = []
     for field in dataclasses.fields(kind):
         if field.name in groups:
             flags += [f"--{field.name}.{name}" for name in field_names(groups[field.name])]
-        else:
-            flags.append(f"--{field.name.replace('_', '-')}")
+        elif positional not in getattr(hints[field.name], "__metadata__", ()):
+            flags.append(f"--{field.name}")
     return flags
 
 

@@ -45,7 +45,7 @@ class Content:
     trials: list[dict[str, Any]]
     """Rows of the ledger: id, status (done, failed, running), depth, N_params, N_non_embedding, D_tokens,
     C_flops (6ND), budget, epochs, tokens_per_step, peak_lr, num_steps, loss, loss_se, bits_per_byte, seconds,
-    tokens_per_second, reason, trunk."""
+    tokens_per_second, reason, first_step (steps taken over from a shared trunk)."""
     curves: dict[str, dict[str, list[float]]]
     """Trial id -> tokens, loss (training, nats a token), and perhaps eval_tokens, eval_loss."""
     fit: dict[str, Any] | None
@@ -246,7 +246,7 @@ TRIAL_COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "steps": lambda t: number(t.get("num_steps"), 9),
     "tokens/s": lambda t: count(t.get("tokens_per_second")),
     "time": lambda t: duration(t.get("seconds")),
-    "trunk": lambda t: f"<code>{escape(str(t['trunk']))}</code>" if t.get("trunk") else "",
+    "from trunk": lambda t: f"{number(t['first_step'], 9)} steps" if t.get("first_step") else "",
 }
 
 

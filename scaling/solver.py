@@ -6,27 +6,78 @@ import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
+from scipy import special
 
 from llm_jax.config import BadInput
 from scaling.laws import Law
 
 CHUNK = 400_000  # cells of a Jacobian solved at once: what stays in cache
 RIDGE = 1e-2  # of the damping's metric, relative: of 1e-4 to 1e-1 what converged most often within 150 steps
+WIDTHS = 1e-3 * 10.0 ** -np.arange(7)  # of Huber's loss on the way to least absolute errors
+WILD = 100.0  # a step this long, before it is cut to 1, promises nothing
 EXACT = 1e-22  # an objective of this size is none: data without noise is fitted to rounding
 
 
-def objective_delta(objective: str) -> float:
-    """The width of the Huber loss that an objective names: "huber:1e-3" gives 1e-3, "lsq" infinity. BadInput for others."""
-    if objective == "lsq":
-        return np.inf
-    kind, _, width = objective.partition(":")
-    try:
-        delta = float(width)
-    except ValueError:
-        delta = np.nan
-    if kind != "huber" or not 0 < delta < np.inf:
-        raise BadInput(f'"{objective}" names no objective; valid: huber:DELTA, for instance huber:1e-3, and lsq')
-    return delta
+OBJECTIVES = "huber:DELTA, for instance huber:1e-3, l1 and lsq; each with :scale, :log or :linear after it"
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a fit minimises over the residuals r of all rows, weighed by w; `parse_objective` reads it from its name.
+
+    huber:DELTA is sum w Huber_delta(r) (Hoffmann et al. 2022, eq. 3), l1 is sum w |r|, lsq is sum w r^2 / 2. r is the
+    difference of logs, or of the values themselves, as the law's paper has it unless :log or :linear says so.
+
+    With :scale the width sigma of the noise is one more parameter, and the objective is the negative log-likelihood of
+    errors that are Laplace's (l1), normal (lsq), or normal with exponential tails beyond DELTA sigma (huber). For l1
+    and lsq that moves no other parameter; for huber it makes DELTA a multiple of the noise.
+    """
+
+    name: str
+    delta: float
+    """Infinity for lsq, 0 for l1."""
+    scaled: bool = False
+    log: bool | None = None
+    """None: as the law has it."""
+
+    def value(self, residual: np.ndarray, sigma: float = 1.0) -> float:
+        """Over the rows of one fit, each of weight 1."""
+        rows = len(residual)
+        if not self.scaled:
+            return float(np.abs(residual).sum() if self.delta == 0 else huber(residual, self.delta).sum())
+        if self.delta == 0:
+            return float(np.abs(residual).sum() / sigma + rows * np.log(2 * sigma))
+        mass = np.sqrt(2 * np.pi)
+        if np.isfinite(self.delta):
+            mass = mass * special.erf(self.delta / np.sqrt(2)) + 2 * np.exp(-(self.delta**2) / 2) / self.delta
+        return float(huber(residual / sigma, self.delta).sum() + rows * np.log(sigma * mass))
+
+    def sigma(self, residual: np.ndarray) -> float:
+        """The width of the noise that is likeliest for these residuals."""
+        if self.delta == 0:
+            return float(np.abs(residual).mean())
+        sigma = float(np.sqrt(np.mean(residual**2)))
+        for _ in range(200 if np.isfinite(self.delta) and sigma else 0):
+            # d/d sigma of the likelihood: sum psi(r / sigma) r / sigma = n
+            size = np.abs(residual) / sigma
+            sigma *= float(np.sqrt(np.mean(np.where(size <= self.delta, size**2, self.delta * size))))
+        return sigma
+
+
+def parse_objective(name: str) -> Objective:
+    """The Objective of that name. BadInput for others."""
+    kind, *words = name.split(":")
+    delta = {"lsq": np.inf, "l1": 0.0}.get(kind, np.nan)
+    if kind == "huber" and words:
+        try:
+            delta = float(words.pop(0))
+        except ValueError:
+            delta = np.nan
+    extra = set(words)
+    wrong = len(extra) < len(words) or extra - {"scale", "log", "linear"} or {"log", "linear"} <= extra
+    if wrong or np.isnan(delta) or (kind == "huber" and not 0 < delta < np.inf):
+        raise BadInput(f'"{name}" names no objective; valid: {OBJECTIVES}')
+    return Objective(name, delta, "scale" in extra, "log" in extra if extra & {"log", "linear"} else None)
 
 
 def huber(residual: np.ndarray, delta: float) -> np.ndarray:
@@ -39,19 +90,20 @@ def huber(residual: np.ndarray, delta: float) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Problem:
-    """Minimise sum_r weight_r Huber_delta(log L(theta) - log_loss_r), for one table and many weights side by side."""
+    """Minimise sum_r weight_r Huber_delta(law(theta)_r - target_r), for one table and many weights side by side."""
 
     law: Law
     x_KxR: np.ndarray
     """Logs of the law's columns, centred."""
-    log_loss: np.ndarray
-    """R, or SxR."""
+    target: np.ndarray
+    """R, or SxR: what the law's `evaluate` is to give, its log for a law in logs."""
     delta: float
+    """0 for least absolute errors: their sum, by Huber's loss of ever smaller widths."""
     bounds: tuple[np.ndarray, np.ndarray]
     """Lower and upper, P each."""
     weights_SxR: np.ndarray | None = None
     free_P: np.ndarray | None = None
-    """Parameters that move; the others stay where they start. None: all."""
+    """Parameters that move, P or SxP; the others stay where they start. None: all."""
     precision_P: np.ndarray | None = None
     """Of a normal prior around zero: adds sum_p precision_p theta_p^2 / 2. None: none."""
 
@@ -65,19 +117,36 @@ def minimise(
     to a minimum the step is then Newton's, so that a width as small as 1e-3 costs some tens of steps where reweighted
     least squares creeps for hundreds. A problem stops when its step promises less than `tolerance` times its value.
     """
+    if problem.delta == 0:
+        return _least_absolute(problem, theta_SxP, max_steps, tolerance)
     size = max(1, CHUNK // (problem.x_KxR.shape[1] * theta_SxP.shape[1]))
-    log_loss, weights = problem.log_loss, problem.weights_SxR
+    target, weights, free = problem.target, problem.weights_SxR, problem.free_P
     parts = []
     for at in range(0, len(theta_SxP), size):
         rows = slice(at, at + size)
         part = dataclasses.replace(
             problem,
-            log_loss=log_loss[rows] if log_loss.ndim == 2 else log_loss,
+            target=target[rows] if target.ndim == 2 else target,
             weights_SxR=None if weights is None else weights[rows],
+            free_P=free[rows] if free is not None and free.ndim == 2 else free,
         )
         parts.append(_minimise_chunk(part, theta_SxP[rows], max_steps, tolerance))
     theta, value, converged = (np.concatenate(part) for part in zip(*parts, strict=True))
     return theta, value, converged
+
+
+def _least_absolute(
+    problem: Problem, theta_SxP: np.ndarray, max_steps: int, tolerance: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Least absolute errors: Huber fits of ever smaller widths, each from the one before."""
+    unit = 1.0 if problem.law.log else float(np.median(np.abs(problem.target)))
+    for width in WIDTHS:
+        wide = dataclasses.replace(problem, delta=width * unit)
+        theta_SxP, _, converged = minimise(wide, theta_SxP, max_steps, tolerance)
+    with np.errstate(all="ignore"):
+        residual = np.abs(problem.law.evaluate(theta_SxP, problem.x_KxR)[0] - problem.target)
+    weights = 1.0 if problem.weights_SxR is None else problem.weights_SxR
+    return theta_SxP, (weights * residual).sum(1), converged
 
 
 def _minimise_chunk(
@@ -85,10 +154,10 @@ def _minimise_chunk(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     delta, (lower, upper) = problem.delta, problem.bounds
     shape = len(theta_SxP), problem.x_KxR.shape[1]
-    target = np.broadcast_to(problem.log_loss, shape)
+    target = np.broadcast_to(problem.target, shape)
     weight = np.broadcast_to(1.0 if problem.weights_SxR is None else problem.weights_SxR, shape)
     precision = np.zeros(theta_SxP.shape[1]) if problem.precision_P is None else problem.precision_P
-    still = np.zeros(theta_SxP.shape[1], bool) if problem.free_P is None else ~problem.free_P
+    still = np.broadcast_to(False if problem.free_P is None else ~problem.free_P, theta_SxP.shape)
 
     def evaluate(theta):
         log_pred, jacobian = problem.law.evaluate(theta, problem.x_KxR)
@@ -129,7 +198,8 @@ def _minimise_chunk(
             # theta is made of logs and exponents: a longer step than 1 leaves what the linearisation knows, and can
             # switch a term off for good.
             move = np.where(held, 0, move)
-            move /= np.maximum(1, np.abs(move).max(1, keepdims=True))
+            longest = np.abs(move).max(1)
+            move /= np.maximum(1, longest)[:, None]
             trial = np.clip(theta + move, lower, upper)
             step = trial - theta
             promised = -(step * gradient).sum(1) - 0.5 * np.einsum("sp,spq,sq->s", step, hessian, step)
@@ -139,7 +209,8 @@ def _minimise_chunk(
             damping *= np.where(better, np.where(ratio > 0.75, 0.1, np.where(ratio < 0.25, 3.0, 1.0)), 3.0)
             damping = np.maximum(damping, 1e-12)
 
-            finished = np.abs(promised) <= tolerance * value + EXACT
+            # One parameter without slope can ask for so long a step that nothing of it is left for the others.
+            finished = (np.abs(promised) <= tolerance * value + EXACT) & (longest < WILD)
             theta = np.where(better[:, None], trial, theta)
             residual = np.where(better[:, None], new_residual, residual)
             jacobian = np.where(better[:, None, None], new_jacobian, jacobian)
@@ -151,6 +222,7 @@ def _minimise_chunk(
             if not stay.all():
                 active, damping, theta, value = active[stay], damping[stay], theta[stay], value[stay]
                 residual, jacobian, weight, target = residual[stay], jacobian[stay], weight[stay], target[stay]
+                still = still[stay]
             if not len(active):
                 break
     return answer, answer_value, converged

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from llm_jax.config import BadInput
-from scaling.fit import Fit, fit, prepare
+from llm_jax.config import BadInput, did_you_mean
+from scaling.fit import GRADES, Fit, fit, prepare
 from scaling.isoflop import budgets
 from scaling.laws import COUPLED, Law
-from scaling.solver import Problem, huber, minimise, objective_delta
+from scaling.solver import Problem, huber, minimise
 from scaling.tables import Table
 
 
@@ -67,14 +67,14 @@ def resample(groups_R: np.ndarray, samples: int, parameters: int, rng: np.random
     fewer distinct rows than parameters say nothing and are drawn again.
     """
     rows = len(groups_R)
-    groups = [np.flatnonzero(groups_R == group) for group in np.unique(groups_R)]
-    if min(map(len, groups)) < 4:
-        groups = [np.arange(rows)]
+    members_of = [np.flatnonzero(groups_R == group) for group in np.unique(groups_R)]
+    if min(map(len, members_of)) < 4:
+        members_of = [np.arange(rows)]
     weights = np.zeros((samples, rows))
     again = np.arange(samples)
     for _ in range(20):
         weights[again] = 0
-        for members in groups:
+        for members in members_of:
             drawn = members[rng.integers(0, len(members), (len(again), len(members)))]
             np.add.at(weights, (again[:, None], drawn), 1)
         again = again[(weights[again] > 0).sum(1) < parameters]
@@ -86,7 +86,7 @@ def resample(groups_R: np.ndarray, samples: int, parameters: int, rng: np.random
 def _refit(problem: Problem, theta_P: np.ndarray, weights_SxR: np.ndarray, max_steps: int = 400) -> np.ndarray:
     """Theta_SxP of fits under each row of weights, from the optimum; also from a middling E if the optimum has none."""
     starts = [theta_P]
-    names, lowest = problem.law.parameters, problem.log_loss.min()
+    names, lowest = problem.law.parameters, problem.target.min()
     moves = problem.free_P is None or dict(zip(names, problem.free_P, strict=True)).get("E")
     if "E" in names and moves and theta_P[names.index("E")] < lowest - 3:
         # Close to its bound E has no slope left to come back along, though many resamples would have it higher.
@@ -97,14 +97,31 @@ def _refit(problem: Problem, theta_P: np.ndarray, weights_SxR: np.ndarray, max_s
     return theta.reshape(len(starts), len(weights_SxR), -1)[best, np.arange(len(weights_SxR))]
 
 
+INTERVALS = ("none", "bootstrap")
+"""Ways to intervals, by name; see `parse_intervals`."""
+
+
+def parse_intervals(text: str) -> tuple[str, int]:
+    """The method and its size: "bootstrap:200" gives ("bootstrap", 200), 1000 without a number. BadInput for others."""
+    method, colon, size = text.partition(":")
+    if method not in INTERVALS:
+        raise BadInput(f'"{text}" names no way to intervals{did_you_mean(method, INTERVALS)}')
+    if method == "none" and not colon:
+        return method, 0
+    if method == "none" or (colon and not (size.isascii() and size.isdigit() and int(size) > 1)):
+        raise BadInput(f'"{text}" names no way to intervals; valid: none, bootstrap, bootstrap:N with N of at least 2')
+    return method, int(size or 1000)
+
+
 def bootstrap(result: Fit, table: Table, samples: int = 1000, seed: int = 0) -> Bootstrap:
     """Refits the law to `samples` resamples of the rows, all side by side, under the objective of the fit."""
     law = result.law
-    table, log_KxR, log_loss, _ = prepare(law, table)
-    centre_K = log_KxR.mean(1)
+    table, log_KxR, target, _ = prepare(law, table)
+    centre_K = law.centre(log_KxR)
     x_KxR = log_KxR - centre_K[:, None]
-    weights = resample(_groups(table), samples, len(law.parameters), np.random.default_rng(seed))
-    problem = Problem(law, x_KxR, log_loss, objective_delta(result.objective), law.bounds(x_KxR, log_loss))
+    weights = resample(groups(table), samples, len(law.parameters), np.random.default_rng(seed))
+    bounds = law.bounds(x_KxR, target)
+    problem = Problem(law, x_KxR, target, result.delta, bounds, free_P=result.free)
     theta_SxP = law.shift(_refit(problem, law.shift(result.theta, centre_K), weights), -centre_K)
     natural_SxP = law.natural(theta_SxP)
     low_P, high_P = np.quantile(natural_SxP, [0.025, 0.975], axis=0)
@@ -115,14 +132,109 @@ def bootstrap(result: Fit, table: Table, samples: int = 1000, seed: int = 0) -> 
     )
 
 
-def _groups(table: Table) -> np.ndarray:
-    """The budget of each row, to resample within and to cut at; a table of rows without any compute is one group."""
+def groups(table: Table) -> np.ndarray:
+    """R; the budget of each row, to resample within and to cut at; a table of rows without any compute is one group."""
     columns = table.columns
     if not {"budget", "C_flops"} & set(columns):
         if not {"N_params", "D_tokens"} <= set(columns):
             return np.zeros(len(table))
         table = Table({"C_flops": 6 * columns["N_params"] * columns["D_tokens"]})
     return budgets(table)
+
+
+# ---- What the data leaves open ----
+
+LIKELY = 3.841  # the 95 % point of chi-squared with one degree of freedom
+OTHERS = ("huber:1e-3", "l1", "lsq")
+"""Objectives that are compared: each was published for tables that another was published for."""
+
+
+def _likelihood_ratio(result: Fit, value: np.ndarray, value_0: float) -> np.ndarray:
+    """-2 log of the likelihood of a fit of this value, its noise as wide as it needs, over that of the best.
+
+    n log(V / V_0) for the normal rows within the width of Huber's loss, twice that for Laplace's beyond; less for the
+    parameters that the rows had to pay for.
+    """
+    beyond = np.abs(result.residuals) > result.delta
+    rows = result.n + int(beyond.sum())
+    spent = 1 - result.free.sum() / result.n
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return spent * rows * np.log(np.maximum(value, value_0) / value_0)
+
+
+def open_ends(result: Fit, table: Table) -> dict[str, tuple[str, ...]]:
+    """{parameter: ("lower",), ("upper",) or both} where the profile likelihood has no end: at the bound of the search,
+    the others refitted, the data is as likely as a 95 % interval allows."""
+    law = result.law
+    table, log_KxR, target, _ = prepare(law, table)
+    by_K = law.centre(log_KxR)
+    x_KxR = log_KxR - by_K[:, None]
+    lower_P, upper_P = law.bounds(x_KxR, target)
+    best_P = law.shift(result.theta, by_K)
+    problem = Problem(law, x_KxR, target, result.delta, (lower_P, upper_P), free_P=result.free)
+    value_0 = minimise(problem, best_P[None], max_steps=1)[1][0]
+    free = np.flatnonzero(result.free)
+    if value_0 <= 1e-18 or not len(free):
+        return {}
+    at = np.concatenate([free, free])
+    ends = np.concatenate([lower_P[free], upper_P[free]])
+    rows = np.arange(len(at))
+    moving_SxP = np.tile(result.free, (len(at), 1))
+    moving_SxP[rows, at] = False
+    problem = dataclasses.replace(problem, free_P=moving_SxP)
+    theta_SxP = np.tile(best_P, (len(at), 1))
+    for share in (0.02, 0.1, 0.3, 0.6, 1.0):  # step by step, so that the others can follow
+        theta_SxP[rows, at] = best_P[at] + share * (ends - best_P[at])
+        for width in GRADES if 0 < problem.delta < np.inf else (1.0,):
+            graded = dataclasses.replace(problem, delta=width * problem.delta)
+            theta_SxP, value, _ = minimise(graded, theta_SxP, max_steps=200, tolerance=1e-6)
+    likely = _likelihood_ratio(result, value, value_0) < LIKELY
+    sides: dict[str, tuple[str, ...]] = {}
+    for side, parts in (("lower", slice(0, len(free))), ("upper", slice(len(free), None))):
+        for p in at[parts][likely[parts]]:
+            sides[law.parameters[p]] = (*sides.get(law.parameters[p], ()), side)
+    return sides
+
+
+def standard_intervals(result: Fit, table: Table) -> dict[str, tuple[float, float]]:
+    """Rough 95 % intervals from the Gauss-Newton Hessian and the median residual, to compare with and not to print."""
+    law = result.law
+    table, log_KxR, _, _ = prepare(law, table)
+    by_K = law.centre(log_KxR)
+    theta_P = law.shift(result.theta, by_K)
+    jacobian_PxR = law.evaluate(theta_P[None], log_KxR - by_K[:, None])[1][0][result.free]
+    spare = max(1, result.n - len(jacobian_PxR))
+    sigma = 1.4826 * np.median(np.abs(result.residuals)) * np.sqrt(result.n / spare)
+    covariance = sigma**2 * np.linalg.pinv(jacobian_PxR @ jacobian_PxR.T, hermitian=True)
+    # To the units of the table: a linear map, taken by its columns.
+    move = np.stack([law.shift(theta_P + one, -by_K) - result.theta for one in np.eye(len(theta_P))[result.free]], 1)
+    half_P = 1.96 * np.sqrt(np.einsum("pi,ij,pj->p", move, covariance, move))
+    with np.errstate(over="ignore"):
+        low_P, high_P = law.natural(result.theta - half_P), law.natural(result.theta + half_P)
+    return {name: (float(a), float(b)) for name, a, b in zip(law.parameters, low_P, high_P, strict=True)}
+
+
+def disagreement(result: Fit, table: Table, intervals: dict[str, tuple[float, float]] | None) -> list[str]:
+    """A warning for each other objective whose answer lies outside of the intervals; rough ones where none are given."""
+    intervals = intervals or standard_intervals(result, table)
+    held = {name: result.parameters[name] for name in result.held}
+    told = []
+    for name in OTHERS:
+        if name.split(":")[0] == result.objective.split(":")[0]:
+            continue
+        suffix = ":log" if result.law.log else ":linear"
+        other = fit(result.law, table, name + suffix, held)
+        moved = [
+            f"{key} {result.parameters[key]:.4g} and {value:.4g}"
+            for key, value in other.parameters.items()
+            if key not in result.held and not intervals[key][0] <= value <= intervals[key][1]
+        ]
+        if moved:
+            told.append(
+                f"{result.objective} and {name} disagree by more than the intervals: {', '.join(moved)}; "
+                "rows far from the law decide, so look at the residuals before you trust either"
+            )
+    return told
 
 
 # ---- Forecasts ----
@@ -182,7 +294,7 @@ def prediction_interval(
     rows, parameters = len(table), len(law.parameters)
     if rows < parameters + 3:
         raise BadInput(f"a forecast by {law.name} needs {parameters + 3} rows, the table has {rows}")
-    centre_K = log_KxR.mean(1)
+    centre_K = law.centre(log_KxR)
     x_KxR = log_KxR - centre_K[:, None]
     at_Kx1 = np.log([[n_params], [d_tokens]]) - centre_K[:, None]
     # Least squares uses the rows better than a width of 1e-3; rows beyond two standard deviations still count linearly.
@@ -190,7 +302,7 @@ def prediction_interval(
     spread = 1.4826 * np.median(np.abs(residuals)) * np.sqrt(rows / (rows - parameters))
     delta = max(1e-3, 2 * spread)
     forms = _forms(law)
-    weights_SxR = resample(_groups(table), SAMPLES, parameters, np.random.default_rng(seed))
+    weights_SxR = resample(groups(table), SAMPLES, parameters, np.random.default_rng(seed))
 
     logs, variances, criteria, noise, future = [], [], [], 0.0, 0.0
     for form in forms:
@@ -240,7 +352,7 @@ def _future_error(problem: Problem, table: Table, theta_P: np.ndarray, noise: fl
     0 where no cut leaves enough rows on its left.
     """
     log_c = np.log(6 * table.column("N_params") * table.column("D_tokens"))
-    groups_R = _groups(table)
+    groups_R = groups(table)
     cuts = np.unique(groups_R)[:-1]
     if len(cuts) > 6:
         cuts = np.quantile(groups_R, [0.3, 0.45, 0.6, 0.75, 0.9])
@@ -252,7 +364,7 @@ def _future_error(problem: Problem, table: Table, theta_P: np.ndarray, noise: fl
     if not past:
         return 0.0
     theta_SxP = _refit(problem, theta_P, np.array(past, float))
-    errors = problem.law.evaluate(theta_SxP, problem.x_KxR)[0] - problem.log_loss
+    errors = problem.law.evaluate(theta_SxP, problem.x_KxR)[0] - problem.target
     squares = np.concatenate([error[~rows] ** 2 for error, rows in zip(errors, past, strict=True)])
     reach = np.concatenate([log_c[~rows] - log_c[rows].max() for rows in past])
     return float(np.sqrt(max(0.0, squares.mean() - noise**2)) / max(reach.mean(), 0.1))

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from scaling import cli
+from scaling import cli, options
 
 EXPERIMENT = '''"""Small models on a small corpus.
 
@@ -55,7 +56,7 @@ def test_the_main_job(experiment, capsys, tmp_path):
     assert {row["status"] for row in trials} == {"done"}
     folder = tmp_path / "runs" / "tiny"
 
-    status, out, _ = run(capsys, "fit", folder, "--json", "--bootstrap", 100)
+    status, out, _ = run(capsys, "fit", folder, "--json", "--ci", "bootstrap:100")
     fitted = json.loads(out)
     assert status == 0
     assert fitted["law"] == "chinchilla"
@@ -118,7 +119,13 @@ def test_the_main_job(experiment, capsys, tmp_path):
         (["sweep", "tiny.py", "--axis", "model.num_heads", "3"], "does not divide"),
         (["sweep", "tiny.py", "--model.d_model", "64"], "is set by an axis"),
         (["sweep", "tiny.py", "--workers", "0"], "at least 1"),
+        (["sweep", "tiny.py", "--dry-ru"], 'did you mean "--dry_run"'),
+        (["sweep", "tiny.py", "--experimen", "x"], "is no option of sweep"),
+        (["train", "--data.files"], "--data.files needs at least one value"),
+        (["train", "--data.files", "--model.d_model", "64"], "--data.files needs at least one value"),
         (["sweep"], "EXPERIMENT.py"),
+        (["fit"], "needs a RUN or a TABLE.csv"),
+        (["fit", "x.csv", "--ci", "bootstrap:x"], "no table"),
         (["train", "--model.d_model", "30", "--model.num_heads", "4"], "nearest that does"),
         (["train", "--data.source", "file"], 'did you mean "files"'),
         (["status", "nowhere"], "is no run directory"),
@@ -153,6 +160,27 @@ def test_messages_are_the_same_whatever_the_terminal_can_draw(capsys, monkeypatc
     err = capsys.readouterr().err
     assert err.startswith(message)
     assert "---" not in err
+
+
+def test_options_that_are_offered_are_those_that_help_shows(capsys):
+    """A suggestion that help does not know, or that is a positional, sends the user in a circle."""
+    for verb, (kind, _) in cli.VERBS.items():
+        with pytest.raises(SystemExit):
+            options.parse(kind, ["--help"], verb)
+        shown = capsys.readouterr().out
+        for flag in options._flags(kind):
+            assert re.search(rf"{re.escape(flag)}[ ,\n]", shown), (verb, flag)
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["fit", "--list"]])
+def test_an_ascii_terminal_gets_its_text(words):
+    """Containers often have no locale; an arrow in the help must not end in a traceback there."""
+    env = {**os.environ, "LC_ALL": "C", "PYTHONIOENCODING": "ascii"}
+    found = subprocess.run([sys.executable, "-m", "scaling.cli", *words], capture_output=True, text=True, env=env)
+    assert found.returncode == 0
+    assert found.stderr == ""
+    assert len(found.stdout) > 200
+    assert found.stdout.isascii()
 
 
 def test_overrides_and_axes_from_the_command_line(experiment, capsys):

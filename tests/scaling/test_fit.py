@@ -122,7 +122,10 @@ def test_unusable_tables_are_refused(change, message):
         fit(CHINCHILLA, change(runs()))
 
 
-@pytest.mark.parametrize("objective", ["huber", "huber:", "huber:0", "huber:-1", "huber:nan", "l1", "lsq:3", ""])
+@pytest.mark.parametrize(
+    "objective",
+    ["huber", "huber:", "huber:0", "huber:-1", "huber:nan", "l2", "lsq:3", "l1:log:linear", "lsq:scale:scale"],
+)
 def test_unknown_objectives_are_refused(objective):
     """Another objective is another law."""
     with pytest.raises(BadInput, match="names no objective"):

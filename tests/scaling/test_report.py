@@ -45,7 +45,7 @@ def make_trials(rng):
                     "N_non_embedding": n - 500_000, "C_flops": 6.0 * n * d, "budget": budget, "epochs": d / 2e8,
                     "tokens_per_step": 65_536, "peak_lr": 3e-3 / depth, "num_steps": d // 65_536, "loss_se": se,
                     "loss": law(n, d) + rng.normal(0, se), "bits_per_byte": 1.21, "seconds": d / 4e5,
-                    "tokens_per_second": 4e5, "reason": "", "trunk": "",
+                    "tokens_per_second": 4e5, "reason": "", "first_step": 0,
                 }
             )  # fmt: skip
     return trials
@@ -261,7 +261,7 @@ def test_text_is_escaped_and_any_script_survives(content, page, tmp_path):
     assert "One H100 &amp; 40 minutes." in page
     hostile = '<b onclick="x">\'&'
     fit = content.fit | {"warnings": [hostile], "law": hostile}
-    trials = [t | {"reason": hostile, "id": hostile, "trunk": hostile} for t in content.trials[:1]]
+    trials = [t | {"reason": hostile, "id": hostile} for t in content.trials[:1]]
     russian = "Кривые равной стоимости"
     shown = dataclasses.replace(
         report.Content(

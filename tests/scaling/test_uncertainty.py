@@ -8,7 +8,7 @@ from simulated import CHINCHILLA, TRUTH, chinchilla, runs
 
 from llm_jax.config import BadInput
 from scaling.fit import fit
-from scaling.solver import Problem, huber, minimise, objective_delta
+from scaling.solver import Problem, huber, minimise
 from scaling.uncertainty import bootstrap, prediction_interval, resample
 
 
@@ -179,7 +179,7 @@ def test_warm_starts_find_what_many_starts_find(truth, objective):
     assert (result.parameters["E"] < 1e-4) == (truth is power_laws)
     log_KxR = np.log(np.stack([table.column("N_params"), table.column("D_tokens")]))
     x_KxR, log_loss = log_KxR - log_KxR.mean(1, keepdims=True), np.log(table.column("loss"))
-    starts_SxP, delta = CHINCHILLA.starts(x_KxR, log_loss), objective_delta(objective)
+    starts_SxP, delta = CHINCHILLA.starts(x_KxR, log_loss), result.delta
     weights = resample(table.column("C_flops"), samples, 5, np.random.default_rng(0))
     problem = Problem(CHINCHILLA, x_KxR, log_loss, delta, CHINCHILLA.bounds(x_KxR, log_loss), weights)
     problem = dataclasses.replace(problem, weights_SxR=np.repeat(weights, len(starts_SxP), axis=0))
