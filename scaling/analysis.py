@@ -93,11 +93,8 @@ class Analysis:
                 )
             text = "\n".join(line.rstrip() for line in [*lines, f"  {self.n} rows, {self.objective} {self.value:.6g}"])
         for one in self.parabolas:
-            low, high = one.n_interval
-            within = f" [{low:.3g}, {high:.3g}]" if math.isfinite(low) and math.isfinite(high) and low > 0 else ""
-            text += (
-                f"\n  C = {one.budget:.3g}: N* = {one.n_opt:.3g}{within}, D* = {one.d_opt:.3g}, loss {one.loss_opt:.4f}"
-            )
+            low, high = (end if end == end else limit for end, limit in zip(one.n_interval, (0, math.inf), strict=True))
+            text += f"\n  C = {one.budget:.3g}: N* = {one.n_opt:.3g} [{low:.3g}, {high:.3g}], D* = {one.d_opt:.3g}, loss {one.loss_opt:.4f}"
         return "\n".join([text, *(f"  warning: {warning}" for warning in self.warnings)])
 
 
@@ -120,8 +117,9 @@ def analyse(
     parameters = dict(fitted.parameters)
     if fitted.sigma is not None:
         parameters["sigma"] = fitted.sigma
+    # Any table has runs of like compute; those of one that names its budgets were meant to be compared.
     try:
-        parabolas = isoflop.parabolas(table) if chosen.target == "loss" else []
+        parabolas = isoflop.parabolas(table) if chosen.target == "loss" and "budget" in table.columns else []
     except BadInput:
         parabolas = []
     warnings = list(fitted.warnings)

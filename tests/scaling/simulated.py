@@ -21,4 +21,4 @@ def runs(truth=chinchilla, noise=0.0, budgets=(1e11, 3e11, 1e12), seed=0):
     n_params = np.tile(np.geomspace(3e4, 7e5, 5), len(budgets))
     d_tokens = compute / 6 / n_params
     loss = truth(n_params, d_tokens) * np.exp(noise * np.random.default_rng(seed).standard_normal(len(compute)))
-    return Table({"N_params": n_params, "D_tokens": d_tokens, "C_flops": compute, "loss": loss})
+    return Table({"N_params": n_params, "D_tokens": d_tokens, "C_flops": compute, "budget": compute, "loss": loss})
