@@ -1,8 +1,11 @@
 """Does the chain find a floor that is known? A source of exact entropy rate, its fitted E beside the truth.
 
-llm-jax sweep experiments/synthetic.py --workers 2
-llm-jax fit runs/synthetic
-llm-jax report runs/synthetic
+    llm-jax sweep experiments/synthetic.py --workers 2
+    llm-jax fit runs/synthetic
+    llm-jax report runs/synthetic
+
+Two CPU cores, three minutes. Measured 2026-11-22 against the true 0.8599 nats a token: E = 0.818 [0.712, 0.903] with seed 0, 0.859
+[0.817, 0.895] with seed 1, 0.816 [0.671, 0.908] with seed 2; alpha 0.65 to 0.78, beta 0.36 to 0.44; minima inside the grid of each budget.
 """
 
 from llm_jax.config import Data, Model, Synthetic, Train
@@ -16,8 +19,8 @@ experiment = Experiment(
     ladder=Ladder(aspect=16, num_heads=4),
     axes=chain(
         isoflop(budgets=[6e10], depths=[1, 1.5, 2, 2.5]),
-        isoflop(budgets=[1.8e11], depths=[1.5, 2, 2.5, 3]),
-        isoflop(budgets=[5.4e11], depths=[2, 2.5, 3, 3.5]),
+        isoflop(budgets=[1.8e11], depths=[1, 1.5, 2, 2.5]),
+        isoflop(budgets=[5.4e11], depths=[1.5, 2, 2.5, 3]),
     ),
     forecast=Target(compute=1.6e12),
 )
