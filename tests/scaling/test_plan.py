@@ -35,7 +35,7 @@ def write(tmp_path):
 
 def extended(table, n_params, d_tokens, loss):
     added = {"N_params": n_params, "D_tokens": d_tokens, "C_flops": 6 * n_params * d_tokens, "loss": loss}
-    return Table({name: np.append(column, added[name]) for name, column in table.columns.items()})
+    return Table({name: np.append(table.column(name), column) for name, column in added.items()})
 
 
 # ---- The law ----
@@ -327,7 +327,7 @@ def test_refits_without_an_optimum_are_not_dropped_in_silence(monkeypatch, lost,
         (["--compute", 1e13, "--sweep_runs", 0], "--sweep_runs"),
         (["--compute", 1e13, "--bootstrap", 0], "--bootstrap must be at least 100"),
         (["--compute", 1e13, "--where", "N_parms > 0"], 'did you mean "N_params"'),
-        (["--compute", 1e13, "--served_token", 1], 'did you mean "--served-tokens"'),
+        (["--compute", 1e13, "--served_token", 1], 'did you mean "--served_tokens"'),
     ],
 )
 def test_bad_input_is_one_line(write, capsys, words, message):
