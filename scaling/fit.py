@@ -218,7 +218,7 @@ def _around(problem: Problem, theta_1xP: np.ndarray, value: np.ndarray) -> np.nd
     """
     free_P = np.ones(theta_1xP.shape[1], bool) if problem.free_P is None else problem.free_P
     low_P, high_P = problem.bounds
-    for turn in range(5):
+    for turn in range(3):
         log_pred, jacobian = problem.law.evaluate(theta_1xP, problem.x_KxR)
         slopes_PxR = np.where(free_P[:, None], np.nan_to_num(jacobian[0]), 0)
         sigma = 1.4826 * np.median(np.abs(log_pred[0] - problem.target))
@@ -226,9 +226,9 @@ def _around(problem: Problem, theta_1xP: np.ndarray, value: np.ndarray) -> np.nd
         reach = sigma / np.sqrt(np.maximum(variance, 1e-12 * variance[-1] + 1e-300))
         drawn = np.random.default_rng(turn).standard_normal((HOPS, len(free_P)))
         moves = np.clip((drawn * np.minimum(reach, 3)) @ axes.T, -3, 3) * free_P
-        theta, values, _ = minimise(problem, np.clip(theta_1xP + moves, low_P, high_P))
+        theta, values, _ = minimise(problem, np.clip(theta_1xP + moves, low_P, high_P), max_steps=100)
         best = np.argmin(values)
-        if not values[best] < value[0] * (1 - 1e-9):
+        if not values[best] < value[0] * (1 - 1e-7):
             break
         theta_1xP, value = theta[best][None], values[best][None]
     return theta_1xP

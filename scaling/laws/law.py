@@ -34,6 +34,9 @@ STARTS = 64
 """Starts of a fit by an automatic law: the best of POOL points of a Sobol sequence, the same ones every time."""
 POOL = 1024
 
+FAINT = 0.03
+"""Of its median effect on the prediction over the pool: less than this and a start is passed over."""
+
 Formula = Callable[..., Any]
 
 
@@ -239,7 +242,7 @@ def by_function(
     def starts(x_KxR: np.ndarray, target_R: np.ndarray) -> np.ndarray:
         low_P, high_P = limits([(kind.low, kind.high) for kind in each], target_R)
         theta_SxP = low_P + (high_P - low_P) * qmc.Sobol(len(each), rng=np.random.default_rng(0)).random(POOL)
-        predicted_SxR = evaluate(theta_SxP, x_KxR)[0]
+        predicted_SxR, jacobian_SxPxR = evaluate(theta_SxP, x_KxR)
         with np.errstate(all="ignore"):
             if log:  # all terms together brought to the height of the data
                 offset_S = np.nan_to_num(np.median(target_R - predicted_SxR, axis=1))
@@ -247,6 +250,9 @@ def by_function(
                 theta_SxP = theta_SxP + np.clip(offset_S, -3, 3)[:, None] * of_target
                 predicted_SxR = predicted_SxR + offset_S[:, None] * of_target.any()
             misfit_S = np.mean(np.abs(predicted_SxR - target_R), axis=1)
+            # Where a parameter does next to nothing, a term of the law is off and has no slope to come back along.
+            effect_SxP = np.abs(jacobian_SxPxR).max(2)
+            misfit_S = np.where((effect_SxP < FAINT * np.nanmedian(effect_SxP, axis=0)).any(1), np.inf, misfit_S)
         order = np.argsort(np.where(np.isfinite(misfit_S), misfit_S, np.inf), kind="stable")
         return theta_SxP[order[:STARTS]]
 
