@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from llm_jax.config import BadInput, Config, did_you_mean, fingerprint
 from scaling.options import (
+    BacktestOptions,
     DataOptions,
     FitOptions,
     ForecastOptions,
@@ -143,6 +144,14 @@ def fit(options: FitOptions) -> None:
     print(found.to_json() if options.json else found.summary())
 
 
+def backtest(options: BacktestOptions) -> None:
+    """Prints how forecasts of a table's larger runs from its smaller ones would have done."""
+    from scaling import backtest as backtesting
+
+    found = backtesting.backtest_table(options.table, options.law, options.share, options.level, options.where)
+    print(found.to_json() if options.json else found.summary())
+
+
 def forecast(options: ForecastOptions) -> None:
     """Registers a forecast and prints it."""
     from scaling import forecast as forecasting
@@ -256,6 +265,7 @@ VERBS: dict[str, tuple[Any, Callable[[Any], None]]] = {
     "sweep": (SweepOptions, sweep),
     "status": (StatusOptions, status),
     "fit": (FitOptions, fit),
+    "backtest": (BacktestOptions, backtest),
     "forecast": (ForecastOptions, forecast),
     "verify": (VerifyOptions, verify),
     "plan": (PlanOptions, plan),

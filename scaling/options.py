@@ -91,6 +91,22 @@ class FitOptions:
 
 
 @dataclass(frozen=True)
+class BacktestOptions:
+    """Forecast a table's larger runs from its smaller ones, and compare with what was measured."""
+
+    table: Annotated[Positional[Path], arg(metavar="RUN|TABLE.csv")]
+    law: str = "chinchilla"
+    """A law of N_params and D_tokens, by name or as path/to/file.py:function."""
+    share: float = 0.1
+    """Rows up to this share of the largest compute are fitted, the others are forecast."""
+    level: float = 0.9
+    """Of the prediction intervals."""
+    where: str = ""
+    """Rows to keep, for instance 'excluded_by_paper == 0 and N_params > 1e6'."""
+    json: Json = False
+
+
+@dataclass(frozen=True)
 class ForecastOptions:
     """Register the loss of a larger run before it trains."""
 
