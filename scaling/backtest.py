@@ -41,6 +41,8 @@ class Backtest:
     """Of the forecasts, mean absolute."""
     law_error: float
     """Of the plain fit of the law by its own objective, mean absolute."""
+    errors: tuple[float, ...]
+    """Log of forecast less log of measured loss, a held-out row in the order of the table."""
 
     def summary(self) -> str:
         """A few lines of text."""
@@ -75,7 +77,7 @@ def backtest(law: Law, table: Table, share: float = 0.1, level: float = 0.9, see
     found = predict(law, table.select(small), large.column("N_params"), large.column("D_tokens"), level, seed)
     observed = log_loss[~small]
     centre, low, high, plain = np.log([(one.loss, one.low, one.high, one.law_loss) for one in found]).T
-    error = np.abs(observed - centre)
+    errors = centre - observed
     return Backtest(
         law=law.name,
         share=share,
@@ -84,9 +86,10 @@ def backtest(law: Law, table: Table, share: float = 0.1, level: float = 0.9, see
         held_out=len(large),
         coverage=float(np.mean((low <= observed) & (observed <= high))),
         half_width=float(np.mean(high - low) / 2),
-        needed=float(np.quantile(error, level)),
-        error=float(error.mean()),
-        law_error=float(np.abs(observed - plain).mean()),
+        needed=float(np.quantile(np.abs(errors), level)),
+        error=float(np.abs(errors).mean()),
+        law_error=float(np.abs(plain - observed).mean()),
+        errors=tuple(map(float, errors)),
     )
 
 

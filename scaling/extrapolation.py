@@ -23,7 +23,7 @@ from scaling.fit import fit, prepare
 from scaling.laws import COUPLED, Law
 from scaling.solver import Problem, huber, minimise
 from scaling.tables import Table
-from scaling.uncertainty import _refit, groups, resample
+from scaling.uncertainty import groups, refit, resample
 
 SAMPLES = 120
 """Resamples of the rows."""
@@ -242,11 +242,11 @@ def _fit_form(
     theta, value, _ = minimise(here, starts)
     theta_P = theta[np.argmin(value)]
     residual = (form.law.evaluate(theta_P[None], x_KxR)[0][0] - log_loss)[inside_R]
-    refits_SxP = _refit(problem, theta_P, weights_SxR * inside_R, max_steps=50)
+    refits_SxP = refit(problem, theta_P, weights_SxR * inside_R, max_steps=50)
     errors_CxR = np.zeros((0, len(log_loss)))
     if len(past_CxR):
         fitted_CxR = np.array([form.rows(past, budget_R) for past in past_CxR], float)
-        errors_CxR = form.law.evaluate(_refit(problem, theta_P, fitted_CxR), x_KxR)[0] - log_loss
+        errors_CxR = form.law.evaluate(refit(problem, theta_P, fitted_CxR), x_KxR)[0] - log_loss
     return _Fitted(
         log_T=form.law.evaluate(theta_P[None], at_KxT)[0][0],
         boot_SxT=form.law.evaluate(refits_SxP, at_KxT)[0],

@@ -19,8 +19,8 @@ import numpy as np
 from llm_jax import files
 from llm_jax.config import BadInput, Config, from_dict, to_dict
 from llm_jax.ladder import Ladder
+from scaling import extrapolation, isoflop, laws, ledger, tables
 from scaling import fit as fitting
-from scaling import isoflop, laws, ledger, tables, uncertainty
 from scaling.experiment import Experiment, Trial, trial
 
 MARGIN = 1.25
@@ -56,7 +56,7 @@ def register(folder: Path, compute: float | None, depth: float | None, level: fl
             f"nearest that is free: another --run for the sweep"
         )
     n, d = chosen.counts["N_params"], chosen.counts["D_tokens"]
-    prediction = uncertainty.prediction_interval(laws.by_name(described["law"], table.columns), table, n, d, level)
+    prediction = extrapolation.prediction_interval(laws.by_name(described["law"], table.columns), table, n, d, level)
     registered = {
         "registered_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "target": {"N": n, "D": d, "C": chosen.counts["C_flops"]},

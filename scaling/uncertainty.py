@@ -1,9 +1,6 @@
-"""How far to trust a fit: intervals of a law's parameters, and of the loss of one run beyond the table.
+"""How well a table determines the parameters of a law: resamples, open ends, and what other objectives say.
 
-Two predictions must not be mixed up. The law is the plain fit of fit.py, exact and reproducible, and `bootstrap` says
-how well the table determines it. `prediction_interval` is a forecast: it averages the law with two rivals, because in
-simulation and on published tables no single form extrapolated best, and its width also counts what a bootstrap cannot
-see.
+The loss of one run beyond the table is another question: see extrapolation.py.
 """
 
 from __future__ import annotations
@@ -12,13 +9,11 @@ import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
 
 from llm_jax.config import BadInput, did_you_mean
 from scaling.fit import GRADES, Fit, fit, prepare
 from scaling.isoflop import budgets
-from scaling.laws import COUPLED, Law
-from scaling.solver import Problem, huber, minimise
+from scaling.solver import Problem, minimise
 from scaling.tables import Table
 
 
@@ -32,29 +27,6 @@ class Bootstrap:
     """95 %: the 2.5th and 97.5th percentile of each."""
     theta_SxP: np.ndarray
     """The same in the law's unconstrained form, for the columns as they are."""
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """The forecast loss of one run, nats a token."""
-
-    loss: float
-    """The average of the forms, weighed; not what the law alone says, which is law_loss."""
-    low: float
-    high: float
-    level: float
-    law_loss: float
-    """What the plain fit of the law says at the same point."""
-    parts: dict[str, float]
-    """What the interval is made of, each as one standard deviation of log loss; they add in squares.
-
-    parameters: spread of the refits over bootstrap resamples. one_run: residual noise of a single run. future: error of
-    fits to the smaller budgets on the larger ones, scaled to this distance. forms: disagreement of the forms.
-    """
-    forms: dict[str, tuple[float, float]]
-    """{form: (loss, weight)}."""
-    extrapolation: float
-    """6 N D over the largest in the table."""
 
 
 def resample(groups_R: np.ndarray, samples: int, parameters: int, rng: np.random.Generator) -> np.ndarray:
@@ -83,7 +55,7 @@ def resample(groups_R: np.ndarray, samples: int, parameters: int, rng: np.random
     return weights
 
 
-def _refit(problem: Problem, theta_P: np.ndarray, weights_SxR: np.ndarray, max_steps: int = 400) -> np.ndarray:
+def refit(problem: Problem, theta_P: np.ndarray, weights_SxR: np.ndarray, max_steps: int = 400) -> np.ndarray:
     """Theta_SxP of fits under each row of weights, from the optimum; also from a middling E if the optimum has none."""
     starts = [theta_P]
     names, lowest = problem.law.parameters, problem.target.min()
@@ -122,7 +94,7 @@ def bootstrap(result: Fit, table: Table, samples: int = 1000, seed: int = 0) -> 
     weights = resample(groups(table), samples, len(law.parameters), np.random.default_rng(seed))
     bounds = law.bounds(x_KxR, target)
     problem = Problem(law, x_KxR, target, result.delta, bounds, free_P=result.free)
-    theta_SxP = law.shift(_refit(problem, law.shift(result.theta, centre_K), weights), -centre_K)
+    theta_SxP = law.shift(refit(problem, law.shift(result.theta, centre_K), weights), -centre_K)
     natural_SxP = law.natural(theta_SxP)
     low_P, high_P = np.quantile(natural_SxP, [0.025, 0.975], axis=0)
     return Bootstrap(
@@ -235,136 +207,3 @@ def disagreement(result: Fit, table: Table, intervals: dict[str, tuple[float, fl
                 "rows far from the law decide, so look at the residuals before you trust either"
             )
     return told
-
-
-# ---- Forecasts ----
-# The constants below were chosen by simulation, on isoFLOP tables of 5 shapes and 3 or 4 budgets with 0.3 to 0.8 % of
-# noise under 13 true laws (five Chinchilla laws, four a little off, four with another coupling of N and D) at 4 times the
-# largest compute, and on the large runs of four published tables forecast from 18 of their small ones.
-
-SAMPLES = 120
-TEMPER = 3.0
-"""Divides the Akaike criterion. Mean error in % on those three groups of laws: 0.41, 0.52, 2.82 by least squares on the
-Chinchilla form alone; 0.47, 1.01, 1.15 averaged untempered; 0.48, 0.92, 1.16 with 3. The insurance costs a little."""
-FUTURE = 0.5
-"""Share of the leave-future-out error that counts, as its fits have fewer rows than ours. 90 % intervals then covered
-0.95, 0.95 and 0.89 on the three groups and 0.92 to 1.00 on the published tables; without it down to 0.60 on these."""
-GAMMA_SPREAD = 0.4
-"""Standard deviation of the prior on log gamma of the coupled form."""
-
-
-@dataclass(frozen=True)
-class _Form:
-    name: str
-    law: Law
-    held: str = ""
-    """A parameter kept at its lower bound."""
-    spread: tuple[tuple[str, float], ...] = ()
-    """Standard deviations of a normal prior around zero, by parameter."""
-
-
-def _forms(law: Law) -> list[_Form]:
-    """The law and its rivals: without an irreducible loss, and with another coupling of N and D."""
-    forms = [_Form(law.name, law)]
-    if "E" in law.parameters:
-        forms.append(_Form(f"{law.name}, E = 0", law, held="E"))
-    if law.name == "chinchilla":
-        forms.append(_Form("coupled", COUPLED, spread=(("gamma", GAMMA_SPREAD),)))
-    return forms
-
-
-def prediction_interval(
-    law: Law, table: Table, n_params: float, d_tokens: float, level: float = 0.9, seed: int = 0
-) -> Prediction:
-    """Forecasts the loss of one run of n_params on d_tokens, up to about 10 times the largest compute in the table.
-
-    Forms are averaged in log loss by Akaike weights (Burnham and Anderson 2002, corrected for few rows, tempered). The
-    variance adds the bootstrap spread, the noise of one run, the leave-future-out error times the ratio of distances in
-    log C, and the disagreement of the forms. BadInput with fewer than parameters + 3 rows.
-    """
-    if not 0 < level < 1:
-        raise BadInput(f"level must lie in (0, 1), got {level}")
-    for name, size in (("n_params", n_params), ("d_tokens", d_tokens)):
-        if not 0 < size < np.inf:
-            raise BadInput(f"{name} must be positive and finite, got {size}")
-    if law.columns != ("N_params", "D_tokens"):
-        raise BadInput(f"{law.name} reads {', '.join(law.columns)}; a forecast needs a law of N_params and D_tokens")
-    plain = fit(law, table)
-    table, log_KxR, log_loss, _ = prepare(law, table)
-    rows, parameters = len(table), len(law.parameters)
-    if rows < parameters + 3:
-        raise BadInput(f"a forecast by {law.name} needs {parameters + 3} rows, the table has {rows}")
-    centre_K = law.centre(log_KxR)
-    x_KxR = log_KxR - centre_K[:, None]
-    at_Kx1 = np.log([[n_params], [d_tokens]]) - centre_K[:, None]
-    # Least squares uses the rows better than a width of 1e-3; rows beyond two standard deviations still count linearly.
-    residuals = fit(law, table, "lsq").residuals
-    spread = 1.4826 * np.median(np.abs(residuals)) * np.sqrt(rows / (rows - parameters))
-    delta = max(1e-3, 2 * spread)
-    forms = _forms(law)
-    weights_SxR = resample(groups(table), SAMPLES, parameters, np.random.default_rng(seed))
-
-    logs, variances, criteria, noise, future = [], [], [], 0.0, 0.0
-    for form in forms:
-        names = form.law.parameters
-        free = np.array([name != form.held for name in names])
-        precision = np.array([(max(spread, 1e-3) / dict(form.spread).get(name, np.inf)) ** 2 for name in names])
-        bounds = form.law.bounds(x_KxR, log_loss)
-        problem = Problem(form.law, x_KxR, log_loss, delta, bounds, free_P=free, precision_P=precision)
-        theta, value, _ = minimise(problem, np.where(free, form.law.starts(x_KxR, log_loss), bounds[0]))
-        theta_P = theta[np.argmin(value)]
-        residual = form.law.evaluate(theta_P[None], x_KxR)[0][0] - log_loss
-        squares, k = 2 * float(huber(residual, delta).sum()) + 1e-12, int(free.sum())
-        logs.append(form.law.evaluate(theta_P[None], at_Kx1)[0].item())
-        refits_SxP = _refit(problem, theta_P, weights_SxR, max_steps=50)
-        variances.append(form.law.evaluate(refits_SxP, at_Kx1)[0].var())
-        criteria.append(rows * np.log(squares / rows) + 2 * k + 2 * k * (k + 1) / (rows - k - 1))
-        if form is forms[0]:
-            noise = float(np.sqrt(squares / (rows - k)))
-            future = _future_error(problem, table, theta_P, noise)
-    weight = np.exp(-0.5 * (np.array(criteria) - min(criteria)) / TEMPER)
-    weight /= weight.sum()
-    centre = float(weight @ logs)
-    compute = 6 * table.column("N_params") * table.column("D_tokens")
-    extrapolation = 6 * n_params * d_tokens / compute.max()
-    parts = {
-        "parameters": float(np.sqrt(weight @ variances)),
-        "one_run": float(noise),
-        "future": FUTURE * future * max(0.0, float(np.log(extrapolation))),
-        "forms": float(np.sqrt(weight @ (np.array(logs) - centre) ** 2)),
-    }
-    half = stats.norm.ppf(0.5 + level / 2) * np.sqrt(sum(part**2 for part in parts.values()))
-    return Prediction(
-        loss=float(np.exp(centre)),
-        low=float(np.exp(centre - half)),
-        high=float(np.exp(centre + half)),
-        level=level,
-        law_loss=float(plain.predict(n_params, d_tokens)),
-        parts=parts,
-        forms={form.name: (float(np.exp(log)), float(w)) for form, log, w in zip(forms, logs, weight, strict=True)},
-        extrapolation=float(extrapolation),
-    )
-
-
-def _future_error(problem: Problem, table: Table, theta_P: np.ndarray, noise: float) -> float:
-    """Rolling origin: rms log error, less noise, of fits to the budgets up to a cut on those beyond, a unit of log C.
-
-    0 where no cut leaves enough rows on its left.
-    """
-    log_c = np.log(6 * table.column("N_params") * table.column("D_tokens"))
-    groups_R = groups(table)
-    cuts = np.unique(groups_R)[:-1]
-    if len(cuts) > 6:
-        cuts = np.quantile(groups_R, [0.3, 0.45, 0.6, 0.75, 0.9])
-    past = [
-        rows
-        for rows in (groups_R <= cut for cut in cuts)
-        if rows.sum() >= len(theta_P) + 2 and not rows.all() and np.ptp(problem.x_KxR[:, rows], axis=1).min() > 0.1
-    ]
-    if not past:
-        return 0.0
-    theta_SxP = _refit(problem, theta_P, np.array(past, float))
-    errors = problem.law.evaluate(theta_SxP, problem.x_KxR)[0] - problem.target
-    squares = np.concatenate([error[~rows] ** 2 for error, rows in zip(errors, past, strict=True)])
-    reach = np.concatenate([log_c[~rows] - log_c[rows].max() for rows in past])
-    return float(np.sqrt(max(0.0, squares.mean() - noise**2)) / max(reach.mean(), 0.1))
