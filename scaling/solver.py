@@ -14,6 +14,7 @@ from scaling.laws import Law
 CHUNK = 400_000  # cells of a Jacobian solved at once: what stays in cache
 RIDGE = 1e-2  # of the damping's metric, relative: of 1e-4 to 1e-1 what converged most often within 150 steps
 WIDTHS = 1e-3 * 10.0 ** -np.arange(7)  # of Huber's loss on the way to least absolute errors
+HUGE = 1e60  # of a slope or a residual
 WILD = 100.0  # a step this long, before it is cut to 1, promises nothing
 EXACT = 1e-22  # an objective of this size is none: data without noise is fitted to rounding
 
@@ -162,8 +163,10 @@ def _minimise_chunk(
     def evaluate(theta):
         log_pred, jacobian = problem.law.evaluate(theta, problem.x_KxR)
         residual = log_pred - target
-        jacobian = np.nan_to_num(jacobian)
+        # Far out a law overflows; such a step is refused by its value, and its slopes must not spoil the algebra.
+        jacobian = np.clip(np.nan_to_num(jacobian, nan=0.0, posinf=0.0, neginf=0.0), -HUGE, HUGE)
         value = (weight * huber(residual, delta)).sum(1) + 0.5 * (precision * theta**2).sum(1)
+        residual = np.nan_to_num(residual, nan=0.0, posinf=HUGE, neginf=-HUGE)
         return residual, jacobian, np.where(np.isfinite(value), value, np.inf)
 
     theta = np.clip(theta_SxP, lower, upper)

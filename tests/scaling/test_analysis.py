@@ -1,13 +1,15 @@
 """What `llm-jax fit` says of a table, to programs and to people."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 from simulated import TRUTH, chinchilla, runs
 
-from scaling.analysis import analyse
-from scaling.tables import Table
+from scaling import report
+from scaling.analysis import _bands, analyse
+from scaling.tables import Table, finite
 
 
 def strict(text):
@@ -52,3 +54,32 @@ def test_every_warning_is_told_once():
     assert any("1 trials repeat their data more than 4 times, one 9.5 times" in warning for warning in found.warnings)
     told = [line for line in found.summary().splitlines() if "warning:" in line]
     assert told == [f"  warning: {warning}" for warning in found.warnings]
+
+
+def test_bands_of_a_law_without_a_formula_for_its_optimum():
+    """The search along the budget must give what Hoffmann et al. 2022, eq. 4, gives where both can be had."""
+    table = runs(noise=0.003)
+    exact, searched = (analyse(table, law, ci="bootstrap:60") for law in ("chinchilla", "coupled"))
+    theta = np.append(exact.fit.theta, 0.0)  # gamma = 1: the same curve
+    same = dataclasses.replace(searched.fit, theta=theta)
+    boot = dataclasses.replace(searched.bootstrap, theta_SxP=np.pad(exact.bootstrap.theta_SxP, ((0, 0), (0, 1))))
+    by_formula = _bands(exact, None)
+    by_search = _bands(dataclasses.replace(searched, fit=same, bootstrap=boot), None)
+    for name in ("C", "N_opt", "D_opt", "loss"):
+        np.testing.assert_allclose(by_search[name], by_formula[name], rtol=2e-3)
+    assert all(
+        low <= n <= high for low, n, high in zip(*(by_search[k] for k in ("N_low", "N_opt", "N_high")), strict=True)
+    )
+
+
+@pytest.mark.parametrize("law", ["kaplan", "kaplan-n", "overtraining", "bnsl", "isoflop"])
+def test_every_law_can_be_reported(law, tmp_path):
+    """A report that only knows one law would break on the second experiment."""
+    found = analyse(runs(noise=0.003), law, ci="bootstrap:20")
+    content = report.Content(
+        title=law, docstring="", trials=[], curves={}, fit=finite(found.to_dict()), isoflop=[], bands=_bands(found, None),
+        forecast=None, verify=None, entropy=None, warnings=[], facts={},
+    )  # fmt: skip
+    page = report.write(content, tmp_path).read_text(encoding="utf-8")
+    assert law in page
+    assert strict(found.to_json())["parameters"].keys() == found.parameters.keys()
