@@ -92,9 +92,8 @@ def chosen(words: Sequence[str]) -> list[Design]:
     parts = {part for design in DESIGNS for part in design.name.split("-")}
     for part in itertools.chain.from_iterable(word.split("-") for word in words):
         if part not in parts:
-            raise BadInput(
-                f'"{part}" is part of no design{did_you_mean(part, parts)}; there are {", ".join(sorted(parts))}'
-            )
+            example = DESIGNS[0].name
+            raise BadInput(f'"{part}" is part of no design such as {example}{did_you_mean(part, parts)}')
     found = [one for one in DESIGNS if any(set(word.split("-")) <= set(one.name.split("-")) for word in words)]
     if words and not found:
         raise BadInput(f"no design is all of {' '.join(words)}; one design is {DESIGNS[0].name}")

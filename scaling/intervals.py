@@ -177,9 +177,11 @@ def describe(found: Sequence[Intervals], names: Sequence[str]) -> str:
     lines += [[name, *(_shown(one.intervals[name]) for one in found)] for name in names if name in found[0].intervals]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    text += ["", "correlations  " + "".join(f"{name:>8}" for name in names)]
+    width = max(6, *map(len, names)) + 2
+    text += ["", f"{'correlations':<14}" + "".join(f"{name:>{width}}" for name in names)]
     for name, row in zip(names, found[0].correlations_PxP, strict=True):
-        text.append(f"  {name:<12}" + "".join(f"{value:8.2f}" if np.isfinite(value) else f"{'':8}" for value in row))
+        shown = (f"{value:.2f}" if np.isfinite(value) else "" for value in row)
+        text.append(f"  {name:<12}" + "".join(cell.rjust(width) for cell in shown).rstrip())
     return "\n".join(text)
 
 
