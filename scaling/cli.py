@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from llm_jax.config import BadInput, Config, did_you_mean, fingerprint
 from scaling.options import (
     BacktestOptions,
+    CalibrateOptions,
     DataOptions,
     FitOptions,
     ForecastOptions,
@@ -191,6 +192,22 @@ def plan(options: PlanOptions) -> None:
     print(jsonlib.dumps(tables.finite(planned)) if options.json else planning.describe(planned))
 
 
+def calibrate(options: CalibrateOptions) -> None:
+    """Simulates tables and prints the coverage of the intervals."""
+    from scaling import calibrate as calibration
+    from scaling import tables
+    from scaling.progress import progress
+
+    designs = calibration.chosen(options.designs)
+    if options.csv and not options.csv.parent.is_dir():
+        raise BadInput(f"--csv: there is no folder {options.csv.parent}")
+    with progress("calibrate", len(designs) * options.simulations, " tables") as update:
+        rows = calibration.calibrate(designs, options.simulations, options.noise, options.seed, update)
+    if options.csv:
+        options.csv.write_text(tables.csv_text(rows), encoding="utf-8")
+    print(jsonlib.dumps({"coverage": tables.finite(rows)}) if options.json else calibration.describe(rows))
+
+
 def report(options: ReportOptions) -> None:
     """Writes the report and prints its summary and its path."""
     from scaling import analysis
@@ -269,6 +286,7 @@ VERBS: dict[str, tuple[Any, Callable[[Any], None]]] = {
     "forecast": (ForecastOptions, forecast),
     "verify": (VerifyOptions, verify),
     "plan": (PlanOptions, plan),
+    "calibrate": (CalibrateOptions, calibrate),
     "report": (ReportOptions, report),
     "data": (DataOptions, data),
     "generate": (GenerateOptions, generate),

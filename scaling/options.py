@@ -161,6 +161,22 @@ class VerifyOptions:
 
 
 @dataclass(frozen=True)
+class CalibrateOptions:
+    """Measure on simulated tables how often the intervals of a fit hold the truth."""
+
+    simulations: int = 1000
+    """Tables a design; the bootstrap gets one in twenty."""
+    designs: tuple[str, ...] = ()
+    """Parts of names, such as isoflop-20 or grid-60-student3-epoch; default: all."""
+    noise: float = 0.01
+    """Of the loss, relative."""
+    seed: int = 0
+    csv: Path | None = None
+    """Also write the rows there."""
+    json: Json = False
+
+
+@dataclass(frozen=True)
 class ReportOptions:
     """Write RUN/report.html with all figures, and print what was found."""
 
