@@ -30,10 +30,12 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """A JSON file, whole or not there; see write_atomic."""
     write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
+    """The value of a JSON file."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 

@@ -228,18 +228,23 @@ def envelope(table: Table) -> tuple[np.ndarray, np.ndarray]:
     return np.exp(log_c[there]), best[there]
 
 
+def interior(curves: Sequence[Parabola]) -> tuple[list[Parabola], np.ndarray]:
+    """The minima inside the grid and their standard errors of log N*, ones where not all are known; BadInput below two."""
+    inside = [curve for curve in curves if not curve.edge]
+    if len(inside) < 2:
+        raise BadInput(f"a power law N* ~ C^a needs two budgets with a minimum inside the grid, not {len(inside)}")
+    errors = np.array([curve.log_n_error for curve in inside])
+    return inside, errors if np.all(np.isfinite(errors) & (errors > 0)) else np.ones(len(inside))
+
+
 def frontier(curves: Sequence[Parabola]) -> PowerLaw:
     """The power law through the interior minima; BadInput with fewer than two, an interval with three or more.
 
     Minima weigh by their standard errors; the interval widens where they scatter by more than those say.
     """
-    inside = [curve for curve in curves if not curve.edge]
-    if len(inside) < 2:
-        raise BadInput(f"a power law N* ~ C^a needs two budgets with a minimum inside the grid, not {len(inside)}")
+    inside, errors = interior(curves)
     x = np.log([curve.budget for curve in inside])
     y = np.log([curve.n_opt for curve in inside])
-    errors = np.array([curve.log_n_error for curve in inside])
-    errors = errors if np.all(np.isfinite(errors) & (errors > 0)) else np.ones(len(inside))
     design = np.stack([np.ones_like(x), x - x.mean()], 1) / errors[:, None]
     solution = np.linalg.lstsq(design, y / errors, rcond=None)[0]
     low = high = np.nan

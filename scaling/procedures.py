@@ -61,12 +61,8 @@ def _power_laws(compute: np.ndarray, n_opt: np.ndarray, weights: np.ndarray) -> 
 def _frontier(minima: Callable[[Table], list[Parabola]]) -> Callable[[Table, str, int], Outcome]:
     def once(table: Table) -> tuple[dict[str, float], float, list[Parabola]]:
         found = minima(table)
-        inside = [one for one in found if not one.edge]
-        if len(inside) < 2:
-            raise BadInput(f"a power law N* ~ C^a needs two budgets with a minimum inside the grid, not {len(inside)}")
-        errors = np.array([one.log_n_error for one in inside])
-        weights = errors**-2.0 if np.all(np.isfinite(errors) & (errors > 0)) else np.ones(len(inside))
-        weights = weights / weights.mean()
+        inside, errors = isoflop.interior(found)
+        weights = errors**-2.0 / np.mean(errors**-2.0)
         parameters, value = _power_laws(
             np.array([one.budget for one in inside]), np.array([one.n_opt for one in inside]), weights
         )

@@ -2,7 +2,7 @@
 
     python tests/kill_sweep.py [KILLS] [SEED]
 
-Prints both hashes and exits with 1 where they differ. Eight minutes on two cores.
+Prints both hashes and exits with 1 where they differ. Five minutes on two cores for twenty.
 """
 
 import random

@@ -27,6 +27,8 @@ NEEDS_BEAM = ("c4", "wiki40b", "wikipedia")
 
 
 class Source(NamedTuple):
+    """Where documents come from: (id, text) pairs, and what tells that they may have changed."""
+
     documents: Callable[[], Documents]
     """Reads all documents, in a fixed order."""
     signature: Any

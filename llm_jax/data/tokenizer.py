@@ -143,6 +143,7 @@ def _lines(documents: Iterable[str]) -> Iterator[str]:
 
 
 def save(tokenizer: Tokenizer, folder: Path) -> None:
+    """Writes folder/tokenizer.model for a SentencePiece tokenizer; bytes need no file."""
     from llm_jax import files
 
     if isinstance(tokenizer, SentencePiece):
@@ -150,4 +151,5 @@ def save(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def load(folder: Path, kind: str) -> Tokenizer:
+    """The tokenizer that `save` left in the folder; kind is "bytes", "bpe" or "unigram"."""
     return Bytes() if kind == "bytes" else SentencePiece((folder / "tokenizer.model").read_bytes())

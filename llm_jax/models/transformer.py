@@ -67,10 +67,9 @@ def rotation(positions_BxT: jax.Array, cfg: Model) -> tuple[jax.Array, jax.Array
     return jnp.cos(angle_BxTx1xH).astype(cfg.dtype), jnp.sin(angle_BxTx1xH).astype(cfg.dtype)
 
 
-def rotate(x_BxTxNxH: jax.Array, cos_BxTx1xH: jax.Array, sin_BxTx1xH: jax.Array) -> jax.Array:
-    """Rotary position embedding, halves rotated against each other as in GPT-NeoX and Llama."""
+def rotate(x_BxTxNxH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotary position embedding by `rotation`'s angles, halves rotated against each other as in GPT-NeoX and Llama."""
     half = x_BxTxNxH.shape[-1] // 2
-    cos, sin = cos_BxTx1xH, sin_BxTx1xH
     a, b = x_BxTxNxH[..., :half], x_BxTxNxH[..., half:]
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
@@ -174,6 +173,8 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
+    """The whole model as a linen module; code outside of this file sees `init`, `apply` and `init_cache` below."""
+
     cfg: Model
     train: bool = False
 

@@ -17,6 +17,8 @@ LossFn = Callable[[Any, Batch, jax.Array], tuple[jax.Array, dict[str, jax.Array]
 
 
 class TrainState(NamedTuple):
+    """All that a step reads and writes: float32 parameters, the optimizer's state beside them, and the steps taken."""
+
     step: jax.Array
     params: Any
     opt_state: Any
@@ -25,6 +27,7 @@ class TrainState(NamedTuple):
 
 
 def init_state(params: Any, init_opt: Callable[[Any], Any], seed: int) -> TrainState:
+    """The state before the first step; the seed is of dropout."""
     return TrainState(jnp.int32(0), params, init_opt(params), jax.random.key_data(jax.random.key(seed)))
 
 
