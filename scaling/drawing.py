@@ -336,15 +336,23 @@ def ring(axes: Axes, x: float, y: float, color: Any, tip: str) -> None:
 
 
 def contours(axes: Axes, x: np.ndarray, y: np.ndarray, z: np.ndarray, levels: np.ndarray, row: int) -> None:
-    """Lines of equal z over (x, y) on a ground that is darker where z is high; their values stand along y[row]."""
+    """Lines of equal z over (x, y) on logarithmic axes, and a ground that is darker where z is high.
+
+    The values stand along y[row], and those of lines that do not come that far by the right edge.
+    """
+    axes.set(xscale="log", yscale="log", xlim=(x[0], x[-1]), ylim=(y[0], y[-1]))
     ground = [str(shade) for shade in np.linspace(0.985, 0.87, len(levels) + 1)]
     axes.contourf(x, y, z, levels=levels, colors=ground, extend="both", zorder=0.2)
     lines = axes.contour(x, y, z, levels=levels, colors="#9a9aa0", linewidths=0.6, zorder=0.5)
-    here = z[row]
-    crossed = [np.flatnonzero(np.diff(np.sign(here - level))) for level in levels]
-    margin = len(x) // 30
-    places = [(x[at[0]], y[row]) for at in crossed if len(at) and margin < at[0] < len(x) - margin]
-    axes.clabel(lines, fontsize=7, colors="#55555c", inline_spacing=2, fmt=lambda value: f"{value:.3g}", manual=places)
+    margin = len(x) // 24
+    side, places = len(x) - 1 - margin, []
+    for level in levels:
+        along, up = (np.flatnonzero(np.diff(np.sign(line - level))) for line in (z[row], z[:, side]))
+        if len(along) and margin < along[0] < side:
+            places.append((x[along[0]], y[row]))
+        elif len(up) and up[-1] < row:
+            places.append((x[side], y[up[-1]]))
+    axes.clabel(lines, fontsize=7, colors="#55555c", inline_spacing=2, fmt=lambda value: f"{value:#.3g}", manual=places)
 
 
 def band(axes: Axes, x: np.ndarray, y: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
@@ -361,7 +369,8 @@ def settle(figure: Figure) -> None:
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     for axes in figure.axes:
-        axes.set_position([round(edge, 6) for edge in axes.get_position(original=True).bounds])
+        left, bottom, width, height = (round(edge, 6) for edge in axes.get_position(original=True).bounds)
+        axes.set_position((left, bottom, width, height))
 
 
 def svg(plot: Plot) -> str:
