@@ -1,6 +1,6 @@
 """How the figures of a report look: style, colours, marks, axes, and a Plot as SVG and PNG.
 
-Panels are 3.4 inches wide, the column of a two-column paper; figures with two panels are 7. Colours are perceptually
+Panels are 3.4 inches wide, the column of a two-column paper; figures with more panels are 7. Colours are perceptually
 even and safe for colour-blind readers: viridis for budgets, plasma for N, cividis for D. Matplotlib is imported inside
 functions, so that importing this module costs nothing.
 """
@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from scaling import interactive
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -93,6 +95,21 @@ def power(value: float) -> str:
     return f"$10^{{{int(exponent)}}}$" if mantissa == "1" else rf"${mantissa}\times 10^{{{int(exponent)}}}$"
 
 
+GREEK = {
+    "alpha": "α", "beta": "β", "gamma": "γ", "delta": "δ", "epsilon": "ε", "eta": "η", "kappa": "κ", "lambda": "λ",
+    "sigma": "σ",
+}  # fmt: skip
+SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def plain_power(value: float) -> str:
+    """3e15 -> "3×10¹⁵", the mantissa to three digits; for text that knows no markup."""
+    mantissa, exponent = f"{value:.2e}".split("e")
+    mantissa = mantissa.rstrip("0").rstrip(".")
+    raised = "10" + str(int(exponent)).translate(SUPERSCRIPT)
+    return raised if mantissa == "1" else f"{mantissa}×{raised}"
+
+
 def is_number(value: Any) -> bool:
     """True for an int or a float that is finite."""
     return isinstance(value, int | float) and math.isfinite(value)
@@ -159,18 +176,22 @@ def budget_bar(figure: Figure, axes: Axes, color: Mapping[float, Any]) -> None:
     bar.ax.set_yticklabels([power(budget) for budget in color])
     bar.ax.tick_params(length=0, labelsize=8)
     bar.ax.minorticks_off()
-    bar.set_label("budget $C = 6ND$ (FLOPs)")
+    bar.ax.set_title("budget $C$", fontsize=8, loc="left", pad=5)
 
 
 # Axes
 
 
-def new_figure(panels: int = 1, height: float = 2.9) -> tuple[Figure, list[Axes]]:
-    """A figure with panels side by side; the height is in inches."""
+COLUMN, PAGE = 3.4, 7.0
+"""Widths in inches."""
+
+
+def new_figure(panels: int = 1, height: float = 2.9, ratios: Any = None) -> tuple[Figure, list[Axes]]:
+    """A figure with panels side by side; the height is in inches, `ratios` are of their widths."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(3.4 if panels == 1 else 7.0, height), layout="constrained")
-    return figure, list(figure.subplots(1, panels, squeeze=False)[0])
+    figure = Figure(figsize=(COLUMN if panels == 1 else PAGE, height), layout="constrained")
+    return figure, list(figure.subplots(1, panels, squeeze=False, width_ratios=ratios)[0])
 
 
 def log_ticks(low: float, high: float) -> list[float]:
@@ -280,30 +301,58 @@ def whisker(axes: Axes, x: float, y: float, *, xs: Any = None, ys: Any = None, c
         axes.errorbar([x], [(low + high) / 2], yerr=(high - low) / 2, **cap)
 
 
-def dots(axes: Axes, x: Any, y: np.ndarray, colors: Iterable[Any]) -> None:
-    """Measurements. Their standard errors are over held-out documents, which all share: bars would show differences as unsure."""
-    axes.scatter(x, y, s=14, c=list(colors), edgecolors="white", linewidths=0.35, zorder=3)
+def dots(axes: Axes, x: Any, y: np.ndarray, colors: Iterable[Any], tips: Iterable[tuple[str, str]]) -> None:
+    """Measurements, each with its tip, as in `interactive.tell`.
+
+    Their standard errors are over held-out documents, which all share: bars would show differences as unsure.
+    """
+    drawn = axes.scatter(x, y, s=14, c=list(colors), edgecolors="white", linewidths=0.35, zorder=3)
+    interactive.tell(drawn, tips)
 
 
-def star(axes: Axes, x: float, y: float) -> None:
+def star(axes: Axes, x: float, y: float, tip: str = "forecast") -> None:
     """A forecast."""
-    axes.scatter([x], [y], s=80, marker="*", c="white", edgecolors=FORECAST, linewidths=0.9, zorder=6)
+    drawn = axes.scatter([x], [y], s=80, marker="*", c="white", edgecolors=FORECAST, linewidths=0.9, zorder=6)
+    interactive.tell(drawn, [("", tip)])
 
 
-def diamond(axes: Axes, x: float, y: float) -> None:
+def diamond(axes: Axes, x: float, y: float, tip: str = "measured") -> None:
     """What was measured for a forecast."""
-    axes.scatter([x], [y], s=11, marker="D", c="black", linewidths=0, zorder=8)
+    drawn = axes.scatter([x], [y], s=11, marker="D", c="black", linewidths=0, zorder=8)
+    interactive.tell(drawn, [("", tip)])
 
 
-def pointer(axes: Axes, x: float, y: float, color: Any) -> None:
+def pointer(axes: Axes, x: float, y: float, color: Any, tip: str) -> None:
     """A triangle that stands on its tip at (x, y), so that it hides no measurement there."""
-    shape = [(0, 0.35), (-0.55, 1.35), (0.55, 1.35), (0, 0.35)]
-    axes.scatter([x], [y], s=130, marker=shape, c=[color], edgecolors="black", linewidths=0.7, zorder=4.5)  # type: ignore[arg-type]
+    shape: Any = [(0, 0.35), (-0.55, 1.35), (0.55, 1.35), (0, 0.35)]
+    drawn = axes.scatter([x], [y], s=130, marker=shape, c=[color], edgecolors="black", linewidths=0.7, zorder=4.5)
+    interactive.tell(drawn, [("", tip)])
 
 
-def ring(axes: Axes, x: float, y: float, color: Any) -> None:
+def ring(axes: Axes, x: float, y: float, color: Any, tip: str) -> None:
     """The minimum of an isoFLOP curve on axes of its own."""
-    axes.scatter([x], [y], s=22, marker="o", c=[color], edgecolors="black", linewidths=0.7, zorder=4.5)
+    drawn = axes.scatter([x], [y], s=22, marker="o", c=[color], edgecolors="black", linewidths=0.7, zorder=4.5)
+    interactive.tell(drawn, [("", tip)])
+
+
+def contours(axes: Axes, x: np.ndarray, y: np.ndarray, z: np.ndarray, levels: np.ndarray, row: int) -> None:
+    """Lines of equal z over (x, y) on logarithmic axes, and a ground that is darker where z is high.
+
+    The values stand along y[row], and those of lines that do not come that far by the right edge.
+    """
+    axes.set(xscale="log", yscale="log", xlim=(x[0], x[-1]), ylim=(y[0], y[-1]))
+    ground = [str(shade) for shade in np.linspace(0.985, 0.87, len(levels) + 1)]
+    axes.contourf(x, y, z, levels=levels, colors=ground, extend="both", zorder=0.2)
+    lines = axes.contour(x, y, z, levels=levels, colors="#9a9aa0", linewidths=0.6, zorder=0.5)
+    margin = len(x) // 24
+    side, places = len(x) - 1 - margin, []
+    for level in levels:
+        along, up = (np.flatnonzero(np.diff(np.sign(line - level))) for line in (z[row], z[:, side]))
+        if len(along) and margin < along[0] < side:
+            places.append((x[along[0]], y[row]))
+        elif len(up) and up[-1] < row:
+            places.append((x[side], y[up[-1]]))
+    axes.clabel(lines, fontsize=7, colors="#55555c", inline_spacing=2, fmt=lambda value: f"{value:#.3g}", manual=places)
 
 
 def band(axes: Axes, x: np.ndarray, y: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
@@ -315,8 +364,17 @@ def band(axes: Axes, x: np.ndarray, y: np.ndarray, low: np.ndarray, high: np.nda
 # Files
 
 
+def settle(figure: Figure) -> None:
+    """Lay the figure out once, and to the millionth: the solver's last bits differ from call to call, and show in ids."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    for axes in figure.axes:
+        left, bottom, width, height = (round(edge, 6) for edge in axes.get_position(original=True).bounds)
+        axes.set_position((left, bottom, width, height))
+
+
 def svg(plot: Plot) -> str:
-    """The figure as an SVG document, the same bytes for the same numbers.
+    """The figure as an SVG document, the same bytes for the same numbers; marks have their tips as titles.
 
     Every id begins with the figure's name, so that several can stand in one page: matplotlib names glyphs alike in all.
     """
@@ -325,8 +383,9 @@ def svg(plot: Plot) -> str:
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": plot.name}):
+        settle(plot.figure)
         plot.figure.savefig(buffer, format="svg", metadata=nothing)
-    text = re.sub(r"<!DOCTYPE.*?>\s*", "", buffer.getvalue(), flags=re.DOTALL)
+    text = interactive.mark(re.sub(r"<!DOCTYPE.*?>\s*", "", buffer.getvalue(), flags=re.DOTALL))
     return re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{plot.name}-", text)
 
 
@@ -334,5 +393,6 @@ def png(plot: Plot) -> bytes:
     """At 300 dots an inch."""
     buffer = io.BytesIO()
     with style():
+        settle(plot.figure)
         plot.figure.savefig(buffer, format="png", dpi=300, metadata={"Software": None})
     return buffer.getvalue()

@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from scaling import drawing, expressions
+from llm_jax.config import BadInput
+from scaling import drawing, expressions, interactive
 from scaling.drawing import (
     DASHED,
     DOTTED,
     FORECAST,
     LAW,
     NEUTRAL,
-    TIGHT,
     TRUTH,
     Plot,
     Row,
@@ -28,7 +28,6 @@ from scaling.drawing import (
     key,
     key_diamond,
     key_line,
-    key_minimum,
     key_star,
     power,
     series,
@@ -47,14 +46,19 @@ LOSS_LABEL = "loss (nats per token)"
 def predictor(fit: Row | None) -> Predict | None:
     """The fitted law as a function, read from its formula, as in "L = E + A / N^alpha + B / D^beta".
 
-    None where there is no fit, or the formula asks for more than N, D and the parameters.
+    None where there is no fit, or the formula is of something else than loss, or asks for more than N, D and the
+    parameters.
     """
     if not fit:
         return None
-    formula, letters = fit["formula"], {name: np.float64(p["value"]) for name, p in fit["parameters"].items()}
-    origin = f'formula "{formula}"'
-    tree = expressions.parse(formula.split("=")[-1].replace("^", "**"), origin, "L = E + A / N^alpha + B / D^beta")
-    if expressions.names(tree) - {"N", "D", *letters}:
+    target, _, formula = fit["formula"].partition("=")
+    letters = {name: np.float64(p["value"]) for name, p in fit["parameters"].items()}
+    origin = f'formula "{fit["formula"]}"'
+    try:
+        tree = expressions.parse(formula.replace("^", "**"), origin, "L = E + A / N^alpha + B / D^beta")
+    except BadInput:  # a law of many steps says more than one expression
+        return None
+    if target.strip() != "L" or expressions.names(tree) - {"N", "D", *letters}:
         return None
 
     def predict(n: Any, d: Any) -> np.ndarray:
@@ -77,6 +81,19 @@ def trial_rows(trials: Sequence[Row], **more: Any) -> list[Row]:
     return series("trial", **{n: [t.get(ledger.get(n, n)) for t in trials] for n in names}, **more)
 
 
+def trial_tip(t: Row) -> tuple[str, str]:
+    """What a trial's point says of it: its id, and a text."""
+    error = f" ± {t['loss_se']:.4f}" if is_number(t.get("loss_se")) else ""
+    text = f"{t['id']}\n{size_text(*map(t.get, ('N_params', 'D_tokens', 'C_flops')))}\nloss {t['loss']:.4f}{error}"
+    return str(t["id"]), text
+
+
+def size_text(n: Any, d: Any, c: Any) -> str:
+    """N, D and C in words, for tips; those that are known."""
+    sizes = ", ".join(f"{letter} = {eng(value)}" for letter, value in (("N", n), ("D", d)) if is_number(value))
+    return sizes + (f"\nC = {drawing.plain_power(c)} FLOPs" if is_number(c) else "")
+
+
 def outcome(forecast: Row | None, verify: Row | None) -> list[Row]:
     """The registered forecast, then what was measured for it, as points of a figure."""
     if not forecast:
@@ -89,6 +106,12 @@ def outcome(forecast: Row | None, verify: Row | None) -> list[Row]:
     return rows
 
 
+def outcome_tip(row: Row) -> str:
+    """What the star and the diamond say."""
+    text = f"{row['series']}\n{size_text(row['N'], row['D'], row['C'])}\nloss {row['loss']:.4f}"
+    return text + (f" [{row['loss_low']:.4f}, {row['loss_high']:.4f}]" if row["series"] == "forecast" else "")
+
+
 def heights(done: Iterable[Row], told: Iterable[Row]) -> list[float]:
     """Every loss that a loss axis must show."""
     return [*column(done, "loss"), *(r[k] for r in told for k in ("loss", "loss_low", "loss_high") if k in r)]
@@ -96,7 +119,7 @@ def heights(done: Iterable[Row], told: Iterable[Row]) -> list[float]:
 
 def draw_trials(axes: Any, done: Sequence[Row], x: str, colors: Iterable[Any]) -> None:
     """Loss against the column `x`."""
-    drawing.dots(axes, column(done, x), column(done, "loss"), colors)
+    drawing.dots(axes, column(done, x), column(done, "loss"), colors, map(trial_tip, done))
 
 
 def draw_outcome(axes: Any, told: Iterable[Row], x: str, entries: dict[str, Any]) -> None:
@@ -105,77 +128,11 @@ def draw_outcome(axes: Any, told: Iterable[Row], x: str, entries: dict[str, Any]
         if row["series"] == "forecast":
             ends = (row["loss_low"], row["loss_high"])
             drawing.whisker(axes, row[x], row["loss"], ys=ends, color=FORECAST, z=6.5)
-            drawing.star(axes, row[x], row["loss"])
+            drawing.star(axes, row[x], row["loss"], outcome_tip(row))
             entries["forecast, with interval"] = key_star()
         else:
-            drawing.diamond(axes, row[x], row["loss"])
+            drawing.diamond(axes, row[x], row["loss"], outcome_tip(row))
             entries["measured"] = key_diamond()
-
-
-def isoflop(trials: Sequence[Row], minima: Sequence[Row], told: Sequence[Row], predict: Predict | None) -> Plot | None:
-    """Loss against N, one parabola in ln N a budget (Hoffmann et al. 2022, approach 2)."""
-    done = [t for t in finished(trials) if t.get("budget")]
-    if not done:
-        return None
-    color = shades([t["budget"] for t in done] + [m["budget"] for m in minima])
-    figure, (axes,) = drawing.new_figure(height=3.6)
-    draw_trials(axes, done, "N_params", [color[t["budget"]] for t in done])
-    drawing.budget_bar(figure, axes, color)
-    rows, entries = trial_rows(done), {"trials": key(NEUTRAL, "o")}
-    sizes, losses = [*column(done, "N_params"), *(r["N"] for r in told)], heights(done, told)
-    edges: list[Row] = []
-    for m in minima:
-        measured = [t["N_params"] for t in done if t["budget"] == m["budget"]]
-        if not measured or not all(map(is_number, m["coefficients"])):
-            continue
-        n = np.geomspace(min(measured) / 1.12, max(measured) * 1.12, 81)
-        parabola = np.polyval(m["coefficients"], np.log(n))
-        axes.plot(n, parabola, color=color[m["budget"]], zorder=2)
-        low, high = m.get("N_opt_interval") or (None, None)
-        fitted = {
-            "N": m.get("N_opt"),
-            "N_low": low,
-            "N_high": high,
-            "loss": m.get("loss_opt"),
-            "edge": m.get("edge") or "",
-        }
-        rows += series("parabola", budget=m["budget"], N=n, loss=parabola) + series(
-            "minimum", budget=m["budget"], **fitted
-        )
-        if m.get("edge") or not is_number(m.get("N_opt")):  # the bottom was not measured: mark the last size that was
-            edges.append(m)
-            at = min(measured) if m.get("edge") == "low" else max(measured)
-            best = float(np.polyval(m["coefficients"], np.log(at)))
-            drawing.pointer(axes, at, best, "white")
-            entries["minimum at the grid's edge"] = key_minimum(hollow=True)
-        else:
-            at, best = m["N_opt"], m["loss_opt"]
-            drawing.whisker(axes, at, best, xs=(low, high), color="black", z=2.5)
-            drawing.pointer(axes, at, best, color[m["budget"]])
-            entries["minimum, with interval"] = key_minimum()
-        sizes.append(at)
-        losses.append(best)
-    draw_outcome(axes, told, "N", entries)
-    if told and predict:
-        target = told[0]
-        n = target["N"] * np.geomspace(1 / 6, 6, 81)
-        loss = predict(n, target["C"] / (6 * n))
-        rows += series("law at the target", budget=target["C"], N=n, loss=loss)
-        axes.plot(n, loss, color=FORECAST, linestyle=TIGHT, linewidth=0.9, zorder=1.9)
-        entries[f"law at $C$ = {power(target['C'])}"] = key_line(FORECAST, TIGHT)
-    drawing.set_log_axis(axes.xaxis, sizes, eng)
-    drawing.set_loss_axis(axes, losses)
-    axes.set(xlabel=N_LABEL, ylabel=LOSS_LABEL)
-    drawing.legend(figure, entries, 2)
-    caption = "Final loss against total parameters N (tied embedding counted once), one colour a budget C = 6ND (FLOPs)"
-    caption += "; a triangle marks where the parabola in ln N puts the best size." if minima else "."
-    if edges:
-        caption += f" Hollow: the minimum of {len(edges)} of {len(minima)} budgets lies at the edge of the sizes tried,"
-        caption += " which only bounds the optimum."
-    shared = column(done, "loss_se")
-    if np.isfinite(shared).any():
-        caption += f" Not drawn: the standard error over held-out documents, {np.nanmedian(shared):.2g}, which all trials share."
-    return Plot("isoflop", "isoFLOP curves", caption, figure, rows + list(told))
 
 
 def frontier(trials: Sequence[Row], bands: Row | None, told: Sequence[Row]) -> Plot | None:
@@ -220,8 +177,8 @@ def zoom(axes: Any, forecast: Row, measured: Row) -> None:
     low, high = forecast["loss_low"], forecast["loss_high"]
     inset.axvspan(low, high, color=FORECAST, alpha=0.1, linewidth=0)
     drawing.whisker(inset, forecast["loss"], 1, xs=(low, high), color=FORECAST, z=5)
-    drawing.star(inset, forecast["loss"], 1)
-    drawing.diamond(inset, measured["loss"], 0)
+    drawing.star(inset, forecast["loss"], 1, outcome_tip(forecast))
+    drawing.diamond(inset, measured["loss"], 0, outcome_tip(measured))
     left, right = min(low, measured["loss"]), max(high, measured["loss"])
     margin = 0.15 * (right - left) or 0.01
     inset.set(
@@ -301,55 +258,6 @@ def levels(fit: Row | None, entropy: float | None) -> list[tuple[str, float, Any
     return found
 
 
-def optimum(bands: Row | None, minima: Sequence[Row], told: Sequence[Row]) -> Plot | None:
-    """N*(C) and D*(C): the law's band over the minima of the isoFLOP parabolas."""
-    inside = [m for m in minima if is_number(m.get("N_opt")) and not m.get("edge")]
-    if not bands and not inside:
-        return None
-    figure, panels = drawing.new_figure(2, height=2.9)
-    color = shades(m["budget"] for m in minima)
-    rows: list[Row] = []
-    entries: dict[str, Any] = {}
-    for axes, x, label in zip(
-        panels, "ND", ("optimal parameters $N$* (total)", "optimal training tokens $D$*"), strict=True
-    ):
-        names = {k: f"{x}_{k}" for k in ("low", "high")}
-        compute, values = [r["C"] for r in told[:1]], [r[x] for r in told[:1]]
-        if bands:
-            c, best, low, high = (np.asarray(bands[k], np.float64) for k in ("C", f"{x}_opt", *names.values()))
-            rows += series(f"law {x}*", **{"C": c, x: best, names["low"]: low, names["high"]: high})
-            drawing.band(axes, c, best, low, high)
-            entries["fitted law, with band"] = key_line(LAW)
-            compute += [c.min(), c.max()]
-            values += [low.min(), high.max()]
-        for m in inside:
-            c, at = m["budget"], m[f"{x}_opt"]
-            ends = m.get("N_opt_interval") or (None, None)
-            if x == "D":  # D = C / 6N along a budget, so the ends change places
-                ends = tuple(c / (6 * n) if n else None for n in reversed(ends))
-            rows += series(f"isoFLOP minimum {x}*", **{"C": c, x: at, names["low"]: ends[0], names["high"]: ends[1]})
-            drawing.whisker(axes, c, at, ys=ends, color="black", z=4)
-            drawing.ring(axes, c, at, color[c])
-            entries["isoFLOP minimum, with interval"] = key("black", "o", 4.5, face="#bbbbbb")
-            compute.append(c)
-            values += [at, *filter(is_number, ends)]
-        for target in told[:1]:
-            drawing.star(axes, target["C"], target[x])
-            entries["target of the forecast"] = key_star()
-        drawing.set_log_axis(axes.xaxis, compute, power)
-        drawing.set_log_axis(axes.yaxis, values, eng)
-        axes.set(xlabel=C_LABEL, ylabel=label)
-    drawing.legend(figure, entries, 3)
-    caption = (
-        "The compute-optimal size N* (total parameters, tied embedding counted once) and tokens D* as C = 6ND grows"
-    )
-    caption += ": the fitted law with its band" if bands else ""
-    caption += (", and " if bands else ", ") + "the minima of the isoFLOP curves." if inside else "."
-    skipped = len(minima) - len(inside)
-    caption += f" Left out: {skipped} at the edge of the sizes tried." if skipped else ""
-    return Plot("optimum", "Compute-optimal allocation", caption, figure, rows + list(told[:1]), wide=True)
-
-
 def binned(tokens: np.ndarray, loss: np.ndarray, bins: int = 160) -> tuple[np.ndarray, np.ndarray]:
     """Means over bins of equal width in log tokens; a bin with one point keeps it as it is."""
     edges = np.geomspace(tokens.min(), tokens.max(), bins + 1)
@@ -387,8 +295,12 @@ def learning_curves(trials: Sequence[Row], curves: Mapping[str, Mapping[str, Seq
             rows += series(
                 "held out", id=name, N=size, tokens=list(curve["eval_tokens"]), loss=list(curve["eval_loss"])
             )
-            axes.scatter(
+            drawn = axes.scatter(
                 curve["eval_tokens"], curve["eval_loss"], s=9, color=color, edgecolors="black", lw=0.4, zorder=3
+            )
+            evaluations = zip(curve["eval_tokens"], curve["eval_loss"], strict=True)
+            interactive.tell(
+                drawn, [(name, f"{name}\nN = {eng(size)}\n{loss:.4f} at {eng(at)} tokens") for at, loss in evaluations]
             )
     if not seen:
         return None
@@ -415,7 +327,11 @@ def residuals(trials: Sequence[Row], predict: Predict | None, told: Sequence[Row
     figure, (axes,) = drawing.new_figure(height=3.0)
     color = shades(t.get("budget") or 0 for t in done)
     axes.axhline(0, color=LAW, linewidth=0.9, zorder=2)
-    drawing.dots(axes, c, relative, [color[t.get("budget") or 0] for t in done])
+    tips = [
+        (trial, f"{text}\n{gap:+.2f} % of the law")
+        for (trial, text), gap in zip(map(trial_tip, done), relative, strict=True)
+    ]
+    drawing.dots(axes, c, relative, [color[t.get("budget") or 0] for t in done], tips)
     entries, compute = {"trials": key(NEUTRAL, "o")}, list(c)
     widest = [np.nanmax(np.abs(relative))]
     if len(told) == 2:
@@ -427,7 +343,7 @@ def residuals(trials: Sequence[Row], predict: Predict | None, told: Sequence[Row
             "measured", C=measured["C"], loss=measured["loss"], predicted=forecast["loss"], residual_percent=gap
         )
         drawing.whisker(axes, measured["C"], 0, ys=ends, color=FORECAST, z=5)
-        drawing.diamond(axes, measured["C"], gap)
+        drawing.diamond(axes, measured["C"], gap, f"{outcome_tip(measured)}\n{gap:+.2f} % of the forecast")
         entries |= {"interval of the forecast": key_line(FORECAST), "measured": key_diamond()}
         compute.append(measured["C"])
         widest += map(abs, (gap, *ends))

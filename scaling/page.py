@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from html import escape
-from typing import Any
+from typing import Any, NamedTuple
 
-from scaling.drawing import Plot, eng, is_number
+from scaling import interactive
+from scaling.drawing import GREEK, Plot, eng, is_number
 
 
 def number(value: Any, digits: int = 4) -> str:
@@ -54,9 +55,6 @@ def duration(seconds: Any) -> str:
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-GREEK = dict(zip(["alpha", "beta", "gamma", "delta", "epsilon", "kappa", "lambda", "sigma"], "αβγδεκλσ", strict=True))
-
-
 def symbol(name: str) -> str:
     """alpha -> an italic α."""
     return f"<i>{escape(GREEK.get(name, name))}</i>"
@@ -85,12 +83,37 @@ def tile(label: str, value: str, note: str, kind: str = "") -> str:
     return f'<div class="tile {kind}">{inside}</div>'
 
 
-def html_table(head: Iterable[str], rows: Iterable[Iterable[str]], kinds: Iterable[str] = (), name: str = "") -> str:
-    """Cells are HTML already; kinds are a class for each row. A table wider than the screen scrolls by itself."""
+class Cell(NamedTuple):
+    """A cell that sorts by a number, None where there is none."""
+
+    html: str
+    value: Any
+
+
+def html_cell(cell: str | Cell) -> str:
+    """<td>, with the number it sorts by."""
+    if isinstance(cell, str):
+        return f"<td>{cell}</td>"
+    value = repr(float(cell.value)) if is_number(cell.value) else ""
+    return f'<td data-value="{value}">{cell.html}</td>'
+
+
+def html_attributes(given: Mapping[str, str]) -> str:
+    """{"class": "done"} -> ' class="done"'."""
+    return "".join(f' {name}="{escape(value)}"' for name, value in given.items())
+
+
+def html_table(
+    head: Iterable[str],
+    rows: Iterable[Iterable[str | Cell]],
+    attributes: Iterable[Mapping[str, str]] = (),
+    name: str = "",
+) -> str:
+    """Cells are HTML already; `attributes` are of each row. A table wider than the screen scrolls by itself."""
     top = "".join(f"<th>{escape(name)}</th>" for name in head)
+    given = itertools.chain(attributes, itertools.repeat({}))
     body = "".join(
-        f'<tr class="{kind}">' + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>"
-        for row, kind in zip(rows, itertools.chain(kinds, itertools.repeat("")), strict=False)
+        f"<tr{html_attributes(own)}>{''.join(map(html_cell, row))}</tr>" for row, own in zip(rows, given, strict=False)
     )
     return f'<div class="scroll"><table class="{name}"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
 
@@ -110,16 +133,17 @@ def card(plot: Plot, drawing_svg: str) -> str:
 
 CSS = """
 :root{color-scheme:light dark;--page:#fbfbfa;--ink:#1c1c1e;--soft:#63636b;--line:#e3e3e0;--tile:#fff;--link:#0b5cad;
---good:#0a7d50;--bad:#b3261e;--warn:#8a5a00;--warn-page:#fff6e0;--warn-line:#edd294}
+--on:#fff3c4;--good:#0a7d50;--bad:#b3261e;--warn:#8a5a00;--warn-page:#fff6e0;--warn-line:#edd294}
 @media (prefers-color-scheme:dark){:root{
 --page:#141416;--ink:#ececee;--soft:#a2a2ab;--line:#323238;--tile:#1d1d21;--link:#7db7f5;
---good:#57cf9d;--bad:#ff8a80;--warn:#f2c665;--warn-page:#2a2415;--warn-line:#5b4a1e}}
+--on:#4a3f14;--good:#57cf9d;--bad:#ff8a80;--warn:#f2c665;--warn-page:#2a2415;--warn-line:#5b4a1e}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--page);color:var(--ink);
 font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
 main{max-width:1120px;margin:0 auto;padding:40px 20px 64px}
 h1{font-size:30px;line-height:1.2;margin:0 0 8px;letter-spacing:-.01em;overflow-wrap:anywhere}
 h2{font-size:20px;margin:40px 0 12px}
+h3{font-size:15px;margin:20px 0 8px}
 p{margin:0 0 12px}
 a{color:var(--link)}
 .lead{font-size:18px;color:var(--soft);max-width:48em}
@@ -164,18 +188,25 @@ td .reason{display:block;white-space:normal;width:15em}
 code{font:12.5px ui-monospace,Menlo,Consolas,monospace}
 .facts{display:grid;grid-template-columns:max-content 1fr;gap:4px 20px;margin:0;font-size:14px}
 dt{color:var(--soft)}dd{margin:0;overflow-wrap:anywhere}
+.checklist .facts{grid-template-columns:15em 1fr}
+.unknown{color:var(--warn);font-style:italic}
 @media (max-width:760px){
 main{padding:24px 14px 48px}h1{font-size:25px}.figures{grid-template-columns:1fr}
 .tile.wide{flex-basis:260px}.both svg{min-width:640px}.paper{padding:8px}
-.facts{grid-template-columns:1fr}dd{margin-bottom:8px}}
-@media print{.links{display:none}.card,.tile{break-inside:avoid}}
+.facts,.checklist .facts{grid-template-columns:1fr}dd{margin-bottom:8px}}
+@media print{.links{display:none}.card,.tile,.part{break-inside:avoid}h2,h3{break-after:avoid}
+main{max-width:none;padding:0}.scroll{overflow:visible;border:0}.trials{font-size:6.5pt}.trials code{font-size:6pt}
+.trials th,.trials td{padding:2px 3px}th button{padding:0;margin:0}}
 """
+CSS = interactive.CSS + CSS
 
 PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy"
+content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
 <title>{title}</title>
 <style>{css}</style>
 </head>
@@ -183,6 +214,7 @@ PAGE = """<!DOCTYPE html>
 <main>
 {body}
 </main>
+<script>{script}</script>
 </body>
 </html>
 """

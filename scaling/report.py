@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from llm_jax import files
-from scaling import drawing, figures, tables
+from scaling import allocation_figures, checklist, drawing, figures, fit_figures, tables
 from scaling.drawing import Plot, is_number
+from scaling.interactive import SCRIPT
 from scaling.page import (
     CSS,
     PAGE,
+    Cell,
     card,
     count,
     duration,
@@ -50,7 +52,9 @@ class Content:
     """Trial id -> tokens, loss (training, nats a token), and perhaps eval_tokens, eval_loss."""
     fit: dict[str, Any] | None
     """law, formula, n, objective {name, value}, parameters {NAME: {value, interval [low, high] or None, unbounded}},
-    warnings."""
+    warnings. Perhaps in a parameter: intervals {"bootstrap": [low, high], "profile": ..., "Hessian": ...}, an end None where
+    there is none. Perhaps, for the checklist: source (paper and equation), columns (that the law reads), held (names),
+    search {optimizer, starts, agreeing (a share)}, bootstrap {samples, by (what is resampled, in words)}."""
     isoflop: list[dict[str, Any]]
     """Per budget: budget, coefficients [c2, c1, c0] of loss in ln N, N_opt, N_opt_interval, D_opt, loss_opt,
     edge (None, low, high)."""
@@ -65,6 +69,13 @@ class Content:
     warnings: list[str]
     facts: dict[str, str]
     """Provenance, by name."""
+    profiles: list[dict[str, Any]] = field(default_factory=list)
+    """Per parameter: parameter, value, values, increase (of -2 log likelihood over its least), threshold,
+    interval [low, high], an end None where the increase never reaches the threshold."""
+    samples: dict[str, list[float]] = field(default_factory=dict)
+    """Bootstrap: parameter -> its natural value in each resample, the same resamples for all."""
+    setup: dict[str, Any] = field(default_factory=dict)
+    """experiment.json: config {model, data, train}, ladder, data (fingerprint), tokenizer_sha256; empty for a bare table."""
 
 
 Block = str | Plot
@@ -162,13 +173,16 @@ def draw(content: Content) -> list[Plot]:
     """The figures, each where its data are there. Call it inside `drawing.style()`."""
     told = figures.outcome(content.forecast, content.verify)
     predict = figures.predictor(content.fit)
+    fitted = {name: p["value"] for name, p in content.fit["parameters"].items()} if content.fit else {}
     drawn = (
-        figures.isoflop(content.trials, content.isoflop, told, predict),
+        allocation_figures.triptych(content.trials, content.isoflop, content.bands, told, predict),
         figures.frontier(content.trials, content.bands, told),
+        allocation_figures.surface(content.trials, predict, content.bands, told, fitted.get("E", 0.0)),
         figures.law_panels(content.trials, content.fit, predict, told, content.entropy),
-        figures.optimum(content.bands, content.isoflop, told),
         figures.learning_curves(content.trials, content.curves),
         figures.residuals(content.trials, predict, told),
+        fit_figures.profiles(content.profiles),
+        fit_figures.corner(content.samples, fitted),
     )
     return [plot for plot in drawn if plot]
 
@@ -180,19 +194,30 @@ def plots(content: Content) -> Iterator[Block]:
         yield from found
 
 
+def bounds(ends: Any) -> str:
+    """[low, high] where both are there, "unbounded" at an end that is None; "none" without an interval."""
+    if not ends:
+        return "none"
+    low, high = (number(end) if is_number(end) else "<b>unbounded</b>" for end in ends)
+    return f"[{low}, {high}]"
+
+
 def law(content: Content) -> Iterator[Block]:
     """The fitted parameters, an interval with every number."""
     fit = content.fit
     if not fit:
         return
+    kinds = list(dict.fromkeys(kind for p in fit["parameters"].values() for kind in p.get("intervals", ())))
     rows = []
     for name, p in fit["parameters"].items():
         remark = "the data do not bound it" if p.get("unbounded") else ""
-        rows.append((symbol(name), number(p["value"]), interval(p.get("interval"), none="none"), remark))
+        ends = [bounds(p.get("intervals", {}).get(kind)) for kind in kinds]
+        ends = ends or [interval(p.get("interval"), none="none")]
+        rows.append((symbol(name), number(p["value"]), *ends, remark))
     yield f"<h2>Fitted law</h2><p>{formula_html(fit['formula'])}</p>"
     if content.entropy is not None:
         yield f"<p>True entropy of the source, which <i>E</i> estimates: {number(content.entropy)} nats per token.</p>"
-    yield html_table(("parameter", "value", "interval", ""), rows)
+    yield html_table(("parameter", "value", *(kinds or ("interval",)), ""), rows)
     objective = fit["objective"]
     name, least = escape(str(objective["name"])), number(objective["value"])
     yield f'<p class="note">Objective {name} = {least} over {fit["n"]} trials.</p>'
@@ -218,10 +243,10 @@ def state(t: dict[str, Any]) -> str:
     return escape(str(t["status"])) + reason
 
 
-def tokens_per_parameter(t: dict[str, Any]) -> str:
+def per_parameter(t: dict[str, Any]) -> float | None:
     """D / N of a trial."""
     n, d = t.get("N_params"), t.get("D_tokens")
-    return number(d / n, 3) if n and d else "–"
+    return d / n if n and d else None
 
 
 def measured(t: dict[str, Any]) -> str:
@@ -229,25 +254,37 @@ def measured(t: dict[str, Any]) -> str:
     return loss_text(t.get("loss")) + (f" ± {loss_text(t['loss_se'])}" if is_number(t.get("loss_se")) else "")
 
 
-TRIAL_COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
-    "trial": lambda t: f"<code>{escape(str(t['id']))}</code>",
-    "status": state,
-    "depth": lambda t: number(t.get("depth")),
-    "N": lambda t: count(t.get("N_params")),
-    "N non-emb.": lambda t: count(t.get("N_non_embedding")),
-    "D": lambda t: count(t.get("D_tokens")),
-    "D/N": tokens_per_parameter,
-    "C = 6ND": lambda t: number(t.get("C_flops"), 3),
-    "loss": measured,
-    "bits/byte": lambda t: loss_text(t.get("bits_per_byte")),
-    "epochs": lambda t: number(t.get("epochs"), 3),
-    "batch": lambda t: count(t.get("tokens_per_step")),
-    "peak LR": lambda t: number(t.get("peak_lr"), 3),
-    "steps": lambda t: number(t.get("num_steps"), 9),
-    "tokens/s": lambda t: count(t.get("tokens_per_second")),
-    "time": lambda t: duration(t.get("seconds")),
-    "from trunk": lambda t: f"{number(t['first_step'], 9)} steps" if t.get("first_step") else "",
+Column = tuple[Callable[[dict[str, Any]], Any] | None, Callable[[dict[str, Any]], str]]
+
+
+def plain(name: str, text: Callable[[Any], str]) -> Column:
+    """A column that shows one number of the ledger, and sorts by it."""
+    return lambda t: t.get(name), lambda t: text(t.get(name))
+
+
+TRIAL_COLUMNS: dict[str, Column] = {
+    "trial": (None, lambda t: f"<code>{escape(str(t['id']))}</code>"),
+    "status": (None, state),
+    "depth": plain("depth", number),
+    "N": plain("N_params", count),
+    "N non-emb.": plain("N_non_embedding", count),
+    "D": plain("D_tokens", count),
+    "D/N": (per_parameter, lambda t: number(per_parameter(t), 3)),
+    "C = 6ND": plain("C_flops", lambda v: number(v, 3)),
+    "loss": (lambda t: t.get("loss"), measured),
+    "bits/byte": plain("bits_per_byte", loss_text),
+    "epochs": plain("epochs", lambda v: number(v, 3)),
+    "batch": plain("tokens_per_step", count),
+    "peak LR": plain("peak_lr", lambda v: number(v, 3)),
+    "steps": plain("num_steps", lambda v: number(v, 9)),
+    "tokens/s": plain("tokens_per_second", count),
+    "time": plain("seconds", duration),
+    "from trunk": (
+        lambda t: t.get("first_step"),
+        lambda t: f"{number(t['first_step'], 9)} steps" if t.get("first_step") else "",
+    ),
 }
+"""Name -> (what to sort by, None for the text itself; the cell)."""
 
 
 def trials(content: Content) -> Iterator[Block]:
@@ -255,12 +292,36 @@ def trials(content: Content) -> Iterator[Block]:
     if not content.trials:
         return
     order = sorted(content.trials, key=lambda t: (t.get("budget") or 0, t.get("N_params") or 0, t["id"]))
-    rows = [[cell(t) for cell in TRIAL_COLUMNS.values()] for t in order]
+    rows = [[Cell(text(t), value(t)) if value else text(t) for value, text in TRIAL_COLUMNS.values()] for t in order]
+    attributes = [{"class": str(t["status"]), "data-trial": " ".join(str(t["id"]).split())} for t in order]
     yield "<h2>Trials</h2>"
-    yield html_table(TRIAL_COLUMNS, rows, [escape(str(t["status"])) for t in order], "trials")
+    yield html_table(TRIAL_COLUMNS, rows, attributes, "trials sortable")
     note = "N: total parameters, tied embedding counted once; C in FLOPs; batch in tokens; "
     note += "loss in nats per token on the held-out set, ± the standard error of the evaluation."
     yield f'<p class="note">{note}</p>'
+
+
+def misfitting(content: Content) -> Iterator[Block]:
+    """The checklist for studies of scaling laws, as far as the run can fill it in."""
+    found = checklist.answers(
+        fit=content.fit,
+        trials=content.trials,
+        setup=content.setup,
+        forecast=content.forecast,
+        verify=content.verify,
+        facts=content.facts,
+    )
+    known = sum(one.answer is not None for one in found)
+    yield '<h2 id="checklist">Checklist of «(Mis)Fitting: A Survey of Scaling Laws»</h2>'
+    yield f'<p class="note">Li, Kudugunta and Zettlemoyer 2025, arXiv:2502.18969. Filled in from the run: {known} of {len(found)}.</p>'
+    parts = []
+    for part, group in itertools.groupby(found, key=lambda one: one.part):
+        lines = "".join(f"<dt>{escape(one.question)}</dt><dd>{one.answer or NOT_KNOWN}</dd>" for one in group)
+        parts.append(f'<div class="part"><h3>{escape(part)}</h3><dl class="facts">{lines}</dl></div>')
+    yield f'<div class="checklist">{"".join(parts)}</div>'
+
+
+NOT_KNOWN = '<span class="unknown">not known</span>'
 
 
 def provenance(content: Content) -> Iterator[Block]:
@@ -283,7 +344,7 @@ def save(plot: Plot, shelf: Path) -> str:
     return card(plot, picture)
 
 
-SECTIONS: tuple[Section, ...] = (heading, verdict, warnings, plots, law, minima, trials, provenance)
+SECTIONS: tuple[Section, ...] = (heading, verdict, warnings, plots, law, minima, trials, provenance, misfitting)
 
 
 def write(content: Content, folder: Path) -> Path:
@@ -305,5 +366,5 @@ def write(content: Content, folder: Path) -> Path:
             html = "\n".join(parts)
             body.append(html if is_text else f'<div class="figures">{html}</div>')
     path = folder / "report.html"
-    files.write_atomic(path, PAGE.format(title=escape(content.title), css=CSS, body="\n".join(body)))
+    files.write_atomic(path, PAGE.format(title=escape(content.title), css=CSS, script=SCRIPT, body="\n".join(body)))
     return path

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from simulated import chinchilla
 
-from scaling import drawing, figures, report
+from scaling import allocation_figures, drawing, figures, report
 
 PARAMETERS = {"E": 1.69, "A": 406.4, "B": 410.7, "alpha": 0.34, "beta": 0.28}
 BUDGETS = (1e15, 3e15, 1e16)
 TARGET = 1e17
-NAMES = ("isoflop", "frontier", "law", "optimum", "curves", "residuals")
+NAMES = ("isoflop", "frontier", "surface", "law", "curves", "residuals", "profiles", "corner")
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 
 
@@ -119,6 +119,18 @@ def make_content(seed=0):
         entropy=1.71,
         warnings=["1 of 15 trials failed"],
         facts={"hardware": "1 × NVIDIA H100", "total compute": "7.0×10¹⁶ FLOPs"},
+        profiles=[
+            {
+                "parameter": name,
+                "value": value,
+                "values": (value * np.linspace(0.9, 1.1, 21)).tolist(),
+                "increase": (np.linspace(-3, 3, 21) ** 2).tolist(),
+                "threshold": 3.841,
+                "interval": [0.93 * value, None if name == "beta" else 1.06 * value],
+            }
+            for name, value in PARAMETERS.items()
+        ],
+        samples={name: (value * rng.lognormal(0, 0.05, 300)).tolist() for name, value in PARAMETERS.items()},
     )
 
 
@@ -176,7 +188,10 @@ def test_the_page_is_one_file_that_asks_no_network(page):
     assert "https:" not in page
     assert not re.search(r"@import|url\((?!#)", page)
     outline = Outline(page)
-    assert not outline.tags & {"script", "link", "img", "iframe", "object", "base"}
+    assert not outline.tags & {"link", "img", "iframe", "object", "base"}
+    assert "default-src 'none'" in page  # and a browser would refuse it
+    (script,) = re.findall(r"<script[^>]*>(.*?)</script>", page, flags=re.DOTALL)
+    assert not re.search(r"fetch|XMLHttp|WebSocket|import\(|sendBeacon|eval\(", script)
     own = r"#.+|figures/\w+\.(png|svg|csv)|data:image/png;base64,[\w+/=]+"  # colour bars are images inside the SVG
     assert [link for link in outline.links if not re.fullmatch(own, link)] == []
 
@@ -208,7 +223,7 @@ def test_the_csv_files_hold_the_numbers_that_went_in(folder, content):
     """To the last bit: someone will fit them again."""
     done = {t["id"]: t for t in content.trials if t["status"] == "done"}
     ledger = {"N": "N_params", "D": "D_tokens", "C": "C_flops", "loss": "loss", "loss_se": "loss_se"}
-    for name in ("isoflop", "frontier", "law", "residuals"):
+    for name in ("isoflop", "frontier", "surface", "law", "residuals"):
         rows = read(folder, name, "trial")
         assert {r["id"] for r in rows} == set(done)
         for short, long in ledger.items():
@@ -216,7 +231,7 @@ def test_the_csv_files_hold_the_numbers_that_went_in(folder, content):
     for short, long in {"C": "C", "loss": "loss", "loss_low": "loss_low", "loss_high": "loss_high"}.items():
         assert numbers(read(folder, "frontier", "frontier"), short) == content.bands[long]
     for letter in "ND":
-        rows = read(folder, "optimum", f"law {letter}*")
+        rows = read(folder, "isoflop", f"law {letter}*")
         assert numbers(rows, letter) == content.bands[f"{letter}_opt"]
         assert numbers(rows, f"{letter}_high") == content.bands[f"{letter}_high"]
     minima = read(folder, "isoflop", "minimum")
@@ -229,7 +244,7 @@ def test_the_csv_files_hold_the_numbers_that_went_in(folder, content):
 
 def test_tokens_of_a_minimum_have_the_interval_of_its_parameters_turned_round(folder, content):
     """Along a budget D = C / 6N: the least N goes with the most D."""
-    rows = read(folder, "optimum", "isoFLOP minimum D*")
+    rows = read(folder, "isoflop", "isoFLOP minimum D*")
     for row, m in zip(rows, content.isoflop, strict=True):
         low, high = m["N_opt_interval"]
         np.testing.assert_allclose(float(row["D_high"]) * low * 6, m["budget"], rtol=1e-12)
@@ -318,12 +333,13 @@ def test_a_missed_forecast_and_an_unbounded_parameter_are_told(content, tmp_path
         ({"trials": [], "curves": {}, "isoflop": [], "bands": None}, set(), "No trial has been run yet."),
         ({"isoflop": [], "bands": None}, {"isoflop", "frontier", "law", "curves"}, "no law fitted yet"),
         ({"isoflop": [], "bands": None, "curves": {}}, {"isoflop", "frontier", "law"}, "14 of 15 done"),
-        ({"bands": None}, {"isoflop", "frontier", "law", "curves", "optimum"}, "14 of 15 done"),
+        ({"bands": None}, {"isoflop", "frontier", "law", "curves"}, "14 of 15 done"),
     ],
 )
 def test_a_report_of_half_an_experiment_leaves_out_what_is_missing(content, tmp_path, missing, figures_left, said):
     """One looks at a sweep while it runs; the page must stand after every step."""
     steps = {"fit": None, "forecast": None, "verify": None, "entropy": None, "warnings": [], "facts": {}}
+    steps |= {"profiles": [], "samples": {}}
     page = report.write(dataclasses.replace(content, **steps, **missing), tmp_path).read_text(encoding="utf-8")
     assert {p.stem for p in (tmp_path / "figures").iterdir()} == figures_left
     assert said in page
@@ -357,8 +373,7 @@ def test_a_minimum_at_the_edge_is_hollow_and_kept_from_the_optimum(content):
     """A parabola whose bottom was not measured only bounds the best size; drawn as a minimum it would mislead."""
     minima = [content.isoflop[0] | {"edge": "low", "N_opt": 1.0, "N_opt_interval": None}, *content.isoflop[1:]]
     with drawing.style():
-        plot = figures.isoflop(content.trials, minima, [], None)
-        optimum = figures.optimum(content.bands, minima, [])
+        plot = allocation_figures.triptych(content.trials, minima, content.bands, [], None)
     smallest = min(t["N_params"] for t in content.trials if t["budget"] == BUDGETS[0])
     hollow = [
         c for c in plot.figure.axes[0].collections if np.allclose(c.get_offsets()[0], [smallest, c.get_offsets()[0][1]])
@@ -367,8 +382,8 @@ def test_a_minimum_at_the_edge_is_hollow_and_kept_from_the_optimum(content):
     assert len(white) == 1
     assert "1 of 3 budgets" in plot.caption
     assert [r["edge"] for r in plot.rows if r["series"] == "minimum"] == ["low", "", ""]
-    assert [r["C"] for r in optimum.rows if r["series"] == "isoFLOP minimum N*"] == list(BUDGETS[1:])
-    assert "Left out: 1" in optimum.caption
+    assert [r["C"] for r in plot.rows if r["series"] == "isoFLOP minimum N*"] == list(BUDGETS[1:])
+    assert "Left out: 1" in plot.caption
 
 
 def single_points(axes):
@@ -378,7 +393,8 @@ def single_points(axes):
 def test_star_and_diamond_stand_where_forecast_and_measurement_do(content):
     told = figures.outcome(content.forecast, content.verify)
     with drawing.style():
-        isoflop = figures.isoflop(content.trials, content.isoflop, told, figures.predictor(content.fit))
+        predict = figures.predictor(content.fit)
+        isoflop = allocation_figures.triptych(content.trials, content.isoflop, content.bands, told, predict)
         frontier = figures.frontier(content.trials, content.bands, told)
     target, loss = content.forecast["target"], content.forecast["prediction"]["loss"]
     for plot, letter in ((isoflop, "N"), (frontier, "C")):
@@ -392,7 +408,7 @@ def test_a_budget_has_one_colour_in_all_figures(content):
     told = figures.outcome(content.forecast, content.verify)
     with drawing.style():
         plots = [
-            figures.isoflop(content.trials, content.isoflop, told, None),
+            allocation_figures.triptych(content.trials, content.isoflop, content.bands, told, None),
             figures.frontier(content.trials, content.bands, told),
             figures.residuals(content.trials, figures.predictor(content.fit), told),
         ]
@@ -434,7 +450,8 @@ def test_the_law_is_read_from_its_formula(content):
     np.testing.assert_allclose(figures.predictor(content.fit)(n, d), law(n, d), rtol=1e-14)
     power = {"formula": "L = (N_c / N)^alpha_N", "parameters": {"N_c": {"value": 8.8e13}, "alpha_N": {"value": 0.076}}}
     np.testing.assert_allclose(figures.predictor(power)(n, d), (8.8e13 / n) ** 0.076, rtol=1e-14)
-    assert figures.predictor(content.fit | {"formula": "L = E + A / unknown^alpha"}) is None
+    for other in ("L = E + A / unknown^alpha", "alpha = E + A / N", "L = E + A * lr, lr = B * N^alpha", "three steps"):
+        assert figures.predictor(content.fit | {"formula": other}) is None
     assert figures.predictor(None) is None
 
 
@@ -470,3 +487,27 @@ def test_importing_the_report_does_not_import_matplotlib():
     """`llm-jax --help` answers in under half a second; matplotlib alone takes as long."""
     code = "import sys, scaling.report; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_intervals_stand_side_by_side_and_open_ends_are_called_so(content):
+    """Three methods that disagree are the finding; one of them alone would hide it."""
+    kinds = {"bootstrap": [0.3, 0.4], "profile": [0.3, None], "Hessian": None}
+    parameters = {"alpha": content.fit["parameters"]["alpha"] | {"intervals": kinds}}
+    (table,) = (
+        b
+        for b in report.law(dataclasses.replace(content, fit=content.fit | {"parameters": parameters}))
+        if "<table" in b
+    )
+    assert re.findall(r"<th>(.*?)</th>", table) == ["parameter", "value", *kinds, ""]
+    assert re.findall(r"<td>(.*?)</td>", table)[2:5] == ["[0.3, 0.4]", "[0.3, <b>unbounded</b>]", "none"]
+
+
+def test_the_page_ends_with_the_checklist(page):
+    """What the run did not record is said to be not known: a blank would read as a detail that did not matter."""
+    tail = page[page.index('id="checklist"') :]
+    assert "<h2" not in tail[3:]
+    answers = re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", tail)
+    known = sum("unknown" not in answer for _, answer in answers)
+    assert f"Filled in from the run: {known} of {len(answers)}." in tail
+    assert dict(answers)["Optimizer"] == '<span class="unknown">not known</span>'
+    assert dict(answers)["Points used"] == "14, all that have a loss"
