@@ -398,3 +398,11 @@ def fingerprint(value: Any) -> str:
     if dataclasses.is_dataclass(value):
         value = to_dict(value)
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def trunk_key(cfg: Config, data_fingerprint: str) -> str:
+    """Names what a wsd run is until its cool-down: equal for runs that differ in their horizon alone."""
+    tree = to_dict(cfg)
+    for name in ("tokens", "decay_fraction", "final_lr", "checkpoint_every", "eval_every"):
+        del tree["train"][name]
+    return fingerprint([tree, data_fingerprint])

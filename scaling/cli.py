@@ -141,8 +141,10 @@ def fit(options: FitOptions) -> None:
         return
     if options.table is None:
         raise BadInput("fit needs a RUN or a TABLE.csv; see llm-jax fit --help")
-    found = analysis.fit_table(options.table, options.law, options.objective, options.where, options.ci, options.hold)
-    print(found.to_json() if options.json else found.summary())
+    found = analysis.fit_table(
+        options.table, options.law, options.objective, options.where, options.ci, options.hold, options.cluster
+    )
+    print(found.to_json(options.conventions) if options.json else found.summary(options.conventions))
 
 
 def backtest(options: BacktestOptions) -> None:
@@ -210,9 +212,9 @@ def calibrate(options: CalibrateOptions) -> None:
 
 def report(options: ReportOptions) -> None:
     """Writes the report and prints its summary and its path."""
-    from scaling import analysis
+    from scaling import content
 
-    path, summary = analysis.write_report(options.run)
+    path, summary = content.write_report(options.run)
     print(jsonlib.dumps({"report": str(path)}) if options.json else f"{summary}\n{path}")
 
 
