@@ -98,7 +98,12 @@ class Analysis:
             found["isoflop"] = [_parabola(one) for one in self.parabolas]
         if self.conventions:
             found["conventions"] = [
-                {"N": one.sizes, "C": one.compute, "exponents": {k: list(v) for k, v in one.exponents.items()}}
+                {
+                    "count": one.name,
+                    "N": one.sizes,
+                    "C": one.compute,
+                    "exponents": {name: list(values) for name, values in one.exponents.items()},
+                }
                 for one in self.conventions
             ]
         return found
