@@ -13,7 +13,7 @@ import numpy as np
 
 from llm_jax import files
 from llm_jax.config import BadInput, did_you_mean
-from scaling import checks, conventions, isoflop, laws, ledger, tables, uncertainty
+from scaling import checks, conventions, frontier, isoflop, laws, ledger, tables, uncertainty
 from scaling import fit as fitting
 from scaling import intervals as interval_methods
 from scaling.conventions import Counted
@@ -124,11 +124,11 @@ class Analysis:
         lines.append(told)
         if self.found:
             lines += self._correlation_lines(self.found[0])
+        lines += self._optimum_lines()
         for one in self.parabolas:
             low, high = (end if end == end else limit for end, limit in zip(one.n_interval, (0, math.inf), strict=True))
-            lines.append(
-                f"  C = {one.budget:.3g}: N* = {one.n_opt:.3g} [{low:.3g}, {high:.3g}], D* = {one.d_opt:.3g}, loss {one.loss_opt:.4f}"
-            )
+            at, n = f"{one.budget:.3g}", f"{one.n_opt:.3g} [{low:.3g}, {high:.3g}]"
+            lines.append(f"  isoFLOP minimum at C = {at}: N* = {n}, D* = {one.d_opt:.3g}, loss {one.loss_opt:.4f}")
         if with_conventions and self.conventions:
             lines += ["", *(f"  {line}" for line in conventions.describe(self.conventions).splitlines())]
         return "\n".join([*lines, *(f"  warning: {warning}" for warning in self.warnings)])
@@ -145,6 +145,21 @@ class Analysis:
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         text = ["  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         return text if self.by_method else text[1:]
+
+    def _optimum_lines(self) -> list[str]:
+        """The best size and tokens at the table's largest compute and at ten times that."""
+        if not (self.fit and self.bootstrap):
+            return []
+        largest = float(self.table.column("C_flops").max()) if "C_flops" in self.table.columns else 0.0
+        best = frontier.bands(self.fit, self.bootstrap, self.table, (largest, 10 * largest)) if largest else None
+        if best is None:
+            return []
+        lines = []
+        for i, compute in enumerate(best["C"]):
+            n, d = ([best[f"{name}_{end}"][i] for end in ("opt", "low", "high")] for name in "ND")
+            shown = (f"{name}* = {v[0]:.3g} [{v[1]:.3g}, {v[2]:.3g}]" for name, v in (("N", n), ("D", d)))
+            lines.append(f"  compute-optimal at C = {compute:.3g}: {', '.join(shown)}, D*/N* = {d[0] / n[0]:.3g}")
+        return lines
 
     def _correlation_lines(self, found: Intervals) -> list[str]:
         names = list(found.intervals)

@@ -46,7 +46,8 @@ def outliers(result: Fit, ends: Ends, around: str) -> list[str]:
 
 
 def disagreement(result: Fit, table: Table, ends: Ends) -> list[str]:
-    """A warning for each other objective whose answer lies outside of the intervals."""
+    """A warning for each other objective whose answer lies outside of the intervals, and farther off than half of their width:
+    they need not be around the fit itself."""
     held = {name: result.parameters[name] for name in result.held}
     suffix = ":log" if result.law.log else ":linear"
     told = []
@@ -57,7 +58,9 @@ def disagreement(result: Fit, table: Table, ends: Ends) -> list[str]:
         moved = [
             f"{key} {result.parameters[key]:.4g} and {value:.4g}"
             for key, value in other.parameters.items()
-            if key in ends and not ends[key][0] <= value <= ends[key][1]
+            if key in ends
+            and not ends[key][0] <= value <= ends[key][1]
+            and abs(value - result.parameters[key]) > (ends[key][1] - ends[key][0]) / 2
         ]
         if moved:
             told.append(

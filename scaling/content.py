@@ -61,7 +61,7 @@ def of_analysis(found: Analysis, registered: dict[str, Any] | None = None) -> di
     fields: dict[str, Any] = {"fit": record, "isoflop": record.get("isoflop", []), "bands": None}
     if found.fit and found.bootstrap:
         reach = registered["target"]["C"] if registered else 0.0
-        fields["bands"] = frontier.bands(found.fit, found.bootstrap, found.table, reach)
+        fields["bands"] = frontier.bands(found.fit, found.bootstrap, found.table, frontier.span(found.table, reach))
         fields["samples"] = {name: values.tolist() for name, values in found.bootstrap.parameters.items()}
     if found.fit and "profile" in found.by_method:
         drawn = profile.curves(intervals.of_fit(found.fit, found.table))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,14 +16,15 @@ from scaling.uncertainty import Bootstrap
 POINTS = 41
 
 
-def bands(fitted: Fit, boot: Bootstrap, table: Table, reach: float = 0.0) -> dict[str, Any] | None:
-    """Lists of C, N_opt, D_opt and loss, and of N_low, N_high, D_low, ... (95 %), from the least compute of the table to its
-    greatest or to `reach`, in FLOPs; None where the law has no optimum at every C. Resamples without one are left out.
+def bands(
+    fitted: Fit, boot: Bootstrap, table: Table, compute: Sequence[float] | np.ndarray = ()
+) -> dict[str, Any] | None:
+    """Lists of C, N_opt, D_opt and loss, and of N_low, N_high, D_low, ... (95 %), at each `compute`, in FLOPs; None where the
+    law has no optimum at every C. Resamples without one are left out. Without `compute`, over that of the table.
     """
     if fitted.law.columns != ("N_params", "D_tokens"):
         return None
-    compute = table.column("C_flops")
-    c_C = np.geomspace(compute.min() / 1.3, max(compute.max(), reach) * 1.3, POINTS)
+    c_C = np.array(compute, float) if len(compute) else span(table)
     has_formula = fitted.law.name == "chinchilla"
     found = _by_formula(fitted, boot, c_C) if has_formula else _by_search(fitted, boot, table.column("N_params"), c_C)
     if found is None:
@@ -32,6 +34,12 @@ def bands(fitted: Fit, boot: Bootstrap, table: Table, reach: float = 0.0) -> dic
     for name, values_SxC in (("N", n_SxC), ("D", c_C / 6 / n_SxC), ("loss", loss_SxC)):
         answer[f"{name}_low"], answer[f"{name}_high"] = np.quantile(values_SxC, [0.025, 0.975], axis=0)
     return {name: values.tolist() for name, values in answer.items()}
+
+
+def span(table: Table, reach: float = 0.0) -> np.ndarray:
+    """POINTS values of compute, from a little less than the least of the table to a little more than its greatest or `reach`."""
+    compute = table.column("C_flops")
+    return np.geomspace(compute.min() / 1.3, max(compute.max(), reach) * 1.3, POINTS)
 
 
 Curves = tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]

@@ -3,10 +3,12 @@
 import dataclasses
 
 import numpy as np
+import pytest
 from simulated import runs
 
+from scaling import laws
 from scaling.analysis import analyse
-from scaling.frontier import bands
+from scaling.frontier import bands, span
 
 
 def test_search_and_formula_agree():
@@ -28,4 +30,6 @@ def test_bands_reach_to_what_is_asked():
     """A forecast's target must lie on the frontier that is drawn for it."""
     table = runs(noise=0.003)
     found = analyse(table, "chinchilla", ci="bootstrap:20")
-    assert max(bands(found.fit, found.bootstrap, table, reach=1e15)["C"]) > 1e15
+    assert span(table, reach=1e15)[-1] > 1e15
+    (at,) = bands(found.fit, found.bootstrap, table, [1e15])["N_opt"]
+    assert at == pytest.approx(laws.optimum(found.fit.parameters, 1e15)[0])
