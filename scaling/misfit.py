@@ -21,6 +21,8 @@ DEGREES = ((2, 3), (2, 3, 4, 5))
 """Of the Legendre polynomials along an axis, in one test each: few of them see a wide bend, more of them a narrow one."""
 UNREAD = ((1, 2), (1, 2, 3))
 """The same along a column that the law does not read."""
+TURNS = ((3,), (3, 4))
+"""Degrees in log N that isoFLOP curves may have beyond a parabola's."""
 CHANCE = 1e-3
 LEAST = 1e-3
 BETTER = 10.0
@@ -59,17 +61,19 @@ class Misfit:
     def sentence(self) -> str:
         """The reason in one line."""
         (top, above), (bottom, below) = self.high, self.low
-        what = f"along {self.axis} the residuals bend by {100 * (above - below):.2g} %"
+        bend = f"{100 * (above - below):.2g} %"
+        what = f"along {self.axis} the residuals bend by {bend}"
         if not self.read:
-            what = f"the residuals follow {self.axis}, which it does not read, by {100 * (above - below):.2g} %"
+            what = f"the residuals follow {self.axis}, which it does not read, by {bend}"
         return (
-            f"the form of {self.law} is wrong for this data: {what} ({_side(above)} at {top}, {_side(below)} at {bottom}; "
-            f"p = {self.p:.0e}); an extrapolation by it will be off" + (f"; {self.better}" if self.better else "")
+            f"the form of {self.law} is wrong for this data: {what} (rows at {top} lie {_side(above)} the law, "
+            f"those at {bottom} {_side(below)}; p = {self.p:.0e}); an extrapolation by it will be off"
+            + (f"; {self.better}" if self.better else "")
         )
 
 
 def _side(off: float) -> str:
-    return f"rows lie {100 * abs(off):.2g} % {'above' if off > 0 else 'below'} the law"
+    return f"{100 * abs(off):.2g} % {'above' if off > 0 else 'below'}"
 
 
 def warning(result: Fit, table: Table) -> str | None:
@@ -224,8 +228,7 @@ def _better(found: Robust, table: Table) -> str:
     if not rivals or (best := min(rivals, key=lambda one: one[0]))[0] > -BETTER:
         return ""
     gain, name, fitted = best
-    refitted = robust(fitted.law, fitted.x_KxR + fitted.by_K[:, None], fitted.target_TxR)
-    rest = along_axes(refitted, axes(fitted.law, table))
+    rest = along_axes(fitted, axes(fitted.law, table))
     still = f", though along {rest.axis} it bends too" if rest and rest.wrong else ""
     return f"{name} fits better (AICc {gain:.0f}){still}"
 
@@ -233,8 +236,9 @@ def _better(found: Robust, table: Table) -> str:
 def skewed(table: Table) -> str | None:
     """Why parabolas are wrong for isoFLOP curves, in one line; None where nothing shows that they are.
 
-    A cubic term in log N, one share of the loss for all budgets, must be beyond chance and move the minima inside the
-    grid by more than their standard errors, by the median of each. BadInput as in isoflop.parabolas.
+    A cubic term in log N, or one with a quartic beside it, must be beyond chance and move the minima inside the grid by
+    more than their standard errors, by the median of each. The terms are shares of the loss, linear in log C over the
+    budgets. BadInput as in isoflop.parabolas.
     """
     curves = isoflop.parabolas(table)
     if "status" in table.columns:
@@ -245,45 +249,51 @@ def skewed(table: Table) -> str | None:
     member_BxR = np.array([budget_R == curve.budget for curve in curves])
     centre_B, level_B = ((member_BxR @ values) / member_BxR.sum(1) for values in (log_n_R, loss_R))
     u_R = log_n_R - centre_B @ member_BxR
-    cubic_R = u_R**3 * (level_B @ member_BxR) / loss_R
     shapes_PxR = np.concatenate([member_BxR * u_R**k / loss_R for k in range(3)])
     spanned_PxR = _orthonormal(shapes_PxR[np.abs(shapes_PxR).max(1) > 0], 1e-9)
     excess_R = 1 - spanned_PxR.T @ spanned_PxR.sum(1)
-    spare = len(u_R) - len(spanned_PxR)
-    if spare < 4:
-        return None
-    width = 2 * 1.4826 * np.median(np.abs(excess_R)) * np.sqrt(len(u_R) / spare)
+    width = 2 * 1.4826 * np.median(np.abs(excess_R)) * np.sqrt(len(u_R) / max(1, len(u_R) - len(spanned_PxR)))
     scores_R = np.clip(excess_R, -width, width)
-    tested = _test(scores_R, spanned_PxR, cubic_R[None])
-    if tested is None or tested[0] > CHANCE:
-        return None
-    outside_R = cubic_R - spanned_PxR.T @ (spanned_PxR @ cubic_R)
-    share = float(outside_R @ scores_R / (outside_R @ outside_R))
+    log_c_B = np.log([curve.budget for curve in curves])
+    slant_B = log_c_B - log_c_B.mean()
+    added = {
+        degrees: np.array([u_R**k * ((level_B * tilt) @ member_BxR) / loss_R for k in degrees for tilt in (1, slant_B)])
+        for degrees in TURNS
+    }
+    tests = [(found[0], degrees) for degrees in TURNS if (found := _test(scores_R, spanned_PxR, added[degrees]))]
+    p, degrees = min(tests, default=(1.0, ()))
     inside = [b for b, curve in enumerate(curves) if not curve.edge]
-    moved_B = np.array([_moved(u_R[member_BxR[b]], loss_R[member_BxR[b]], share * level_B[b]) for b in inside])
-    errors_B = np.array([curves[b].log_n_error for b in inside])
-    if not len(inside) or np.median(np.abs(moved_B)) <= np.median(errors_B):
+    if not (p := p * len(tests)) < CHANCE or not inside:
         return None
-    steeper = "smaller" if share < 0 else "larger"
-    by = np.expm1(np.median(moved_B))
+    outside_QxR = added[degrees] - (added[degrees] @ spanned_PxR.T) @ spanned_PxR
+    shares = np.linalg.lstsq(outside_QxR.T, scores_R, rcond=None)[0].reshape(-1, 2)
+    higher_BxK = np.zeros((len(curves), 5))
+    higher_BxK[:, list(degrees)] = level_B[:, None] * (shares[:, 0] + slant_B[:, None] * shares[:, 1])
+    moved_B = np.array([_moved(u_R[member_BxR[b]], loss_R[member_BxR[b]], higher_BxK[b]) for b in inside])
+    errors_B = np.array([curves[b].log_n_error for b in inside])
+    if np.median(np.abs(moved_B)) <= np.median(errors_B):
+        return None
+    first, last = ("smaller" if higher_BxK[b, 3] < 0 else "larger" for b in (inside[0], inside[-1]))
+    steeper = f"{first} models" + ("" if first == last else f" at small budgets and {last} ones at large")
+    by = 100 * np.expm1([moved_B.min(), moved_B.max()])
     text = (
-        f"parabolas are wrong for these isoFLOP curves: they rise more steeply towards {steeper} models (p = {tested[0]:.0e}), "
-        f"and a shared cubic term moves N* by {100 * by:+.0f} %"
+        f"parabolas are wrong for these isoFLOP curves: they rise more steeply towards {steeper} (p = {p:.0e}); "
+        f"allowing for that moves N* by {by[0]:+.0f} to {by[1]:+.0f} %"
     )
     if len(inside) > 2:
-        log_c, log_n = (np.log([getattr(curves[b], key) for b in inside]) for key in ("budget", "n_opt"))
-        before, after = (np.polyfit(log_c, values, 1, w=1 / errors_B)[0] for values in (log_n, log_n + moved_B))
+        log_n_B = np.log([curves[b].n_opt for b in inside])
+        before, after = (
+            np.polyfit(slant_B[inside], values, 1, w=1 / errors_B)[0] for values in (log_n_B, log_n_B + moved_B)
+        )
         text += f" and its exponent from {before:.3f} to {after:.3f}"
     return text + ": take isoflop-akima, or sizes nearer to the minimum"
 
 
-def _moved(u_R: np.ndarray, loss_R: np.ndarray, cubic: float) -> float:
-    """How far a given cubic term moves the minimum of a parabola in u, at most to the ends of u."""
-
-    def parabola(values_R: np.ndarray) -> np.ndarray:
-        return np.polynomial.polynomial.polyfit(u_R, values_R, 2, w=1 / loss_R)
-
-    _, before, bend = parabola(loss_R)
+def _moved(u_R: np.ndarray, loss_R: np.ndarray, higher: np.ndarray) -> float:
+    """How far terms of higher degree, given as coefficients from 0 on, move the minimum of a parabola in u, within its ends."""
+    polynomial = np.polynomial.polynomial
+    _, before, bend = polynomial.polyfit(u_R, loss_R, 2, w=1 / loss_R)
     fine = np.linspace(u_R.min(), u_R.max(), 2001)
-    curve = np.polynomial.polynomial.polyval(fine, parabola(loss_R - cubic * u_R**3)) + cubic * fine**3
+    lower = polynomial.polyfit(u_R, loss_R - polynomial.polyval(u_R, higher), 2, w=1 / loss_R)
+    curve = polynomial.polyval(fine, lower) + polynomial.polyval(fine, higher)
     return float(fine[curve.argmin()] + before / (2 * bend))
