@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import stats
@@ -76,22 +76,24 @@ def _side(off: float) -> str:
     return f"{100 * abs(off):.2g} % {'above' if off > 0 else 'below'}"
 
 
-def warning(result: Fit, table: Table) -> str | None:
+def warning(result: Fit, table: Table, cluster: str = "") -> str | None:
     """Why the form of a fitted law is wrong for its table, in one line; None where nothing shows that it is.
 
-    BadInput for a table that the law cannot be fitted to.
+    `cluster` names a column, such as seed or trunk, whose equal values mark rows that share their noise: without it,
+    checkpoints of the same runs look like a bend. BadInput for a table that the law cannot be fitted to, or no such column.
     """
-    found = lack_of_fit(result, table)
+    found = lack_of_fit(result, table, cluster)
     return found.sentence if found and found.wrong else None
 
 
-def lack_of_fit(result: Fit, table: Table) -> Misfit | None:
+def lack_of_fit(result: Fit, table: Table, cluster: str = "") -> Misfit | None:
     """The test behind `warning`; None where rows are too few for it. Where the form is wrong it looks for a better law."""
     table, found = prepare(result.law, table)[0], of_fit(result, table)
-    misfit = along_axes(found, axes(result.law, table))
+    cluster_R = table.column(cluster) if cluster else None
+    misfit = along_axes(found, axes(result.law, table), cluster_R)
     if misfit is None or not misfit.wrong:
         return misfit
-    return Misfit(**(vars(misfit) | {"better": _better(found, table)}))
+    return replace(misfit, better=_better(found, table, cluster_R))
 
 
 def axes(law: Law, table: Table) -> dict[str, tuple[bool, np.ndarray]]:
@@ -118,13 +120,16 @@ def axes(law: Law, table: Table) -> dict[str, tuple[bool, np.ndarray]]:
     }
 
 
-def along_axes(found: Robust, by_name: dict[str, tuple[bool, np.ndarray]], table: int = 0) -> Misfit | None:
+def along_axes(
+    found: Robust, by_name: dict[str, tuple[bool, np.ndarray]], cluster_R: np.ndarray | None = None, table: int = 0
+) -> Misfit | None:
     """The axis along which one table's residuals bend least by chance; None where there is no direction to test."""
     delta, law = found.delta_T[table], found.law
     predicted, slopes = law.evaluate(found.theta_TxP[table : table + 1], found.x_KxR)
     observed = found.target_TxR[table]
     scores_R = np.clip(observed - predicted[0], -delta, delta)
     spanned_PxR = _orthonormal(np.nan_to_num(slopes[0])[found.free_P], 1e-6)
+    member_GxR = None if cluster_R is None else (np.unique(cluster_R)[:, None] == cluster_R).astype(float)
     tests = []
     for name, (read, axis_R) in by_name.items():
         if not (reach := np.ptp(axis_R)) > 1e-9:
@@ -132,7 +137,7 @@ def along_axes(found: Robust, by_name: dict[str, tuple[bool, np.ndarray]], table
         for degrees in DEGREES if read else UNREAD:
             position = 2 * (axis_R - axis_R.min()) / reach - 1
             bends = np.polynomial.legendre.legvander(position, max(degrees))[:, list(degrees)].T
-            if tested := _test(scores_R, spanned_PxR, bends):
+            if tested := _test(scores_R, spanned_PxR, bends, member_GxR):
                 tests.append((*tested, name, read, axis_R))
     if not tests:
         return None
@@ -171,12 +176,16 @@ def _orthonormal(rows_PxR: np.ndarray, least: float) -> np.ndarray:
 
 
 def _test(
-    scores_R: np.ndarray, spanned_PxR: np.ndarray, added_QxR: np.ndarray
+    scores_R: np.ndarray,
+    spanned_PxR: np.ndarray,
+    added_QxR: np.ndarray,
+    member_GxR: np.ndarray | None = None,
 ) -> tuple[float, float, np.ndarray] | None:
     """p that scores depend on directions outside of those spanned, the rms of that part less noise, and the part itself.
 
     The F test of added variables on the residuals cut at the width of the loss (a score test, Markatou and Hettmansperger
     1990, JASA 85:187). Where the noise is larger at the rows that these directions lean on, F is smaller by that much.
+    Rows of a cluster may share a part of their noise, whose variance is then estimated as well.
     """
     added_QxR = added_QxR / np.linalg.norm(added_QxR, axis=1, keepdims=True)
     added_QxR = added_QxR - (added_QxR @ spanned_PxR.T) @ spanned_PxR
@@ -196,12 +205,30 @@ def _test(
     leverage_R = leaning_R + (spanned_PxR**2).sum(0)
     variance_R = rest_R**2 / np.maximum(1 - leverage_R, 0.05)  # HC2 of MacKinnon and White 1985
     uneven = float(leaning_R @ variance_R) / (q * max(variance_R.mean(), 1e-300))
-    squares = float(along_Q @ along_Q)
-    p = float(stats.f.sf(squares / q / noise / max(1.0, uneven), q, spare))
-    return p, float(np.sqrt(max(0.0, squares - q * noise) / rows)), part_R
+    covariance, freedom = noise * np.eye(q), float(spare)
+    if member_GxR is not None:
+        known_KxR = np.concatenate([spanned_PxR, basis_QxR])
+        left_GxR = member_GxR - (member_GxR @ known_KxR.T) @ known_KxR
+        clusters = float(((left_GxR**2).sum(1) / member_GxR.sum(1)).sum())
+        if clusters < 3:
+            return None
+        # Moments: of the squares of all that is left, and of its sums over clusters (Henderson 1953, Biometrics 9:226).
+        both = (left_GxR**2).sum()
+        moments = np.array([[spare, both], [both, ((left_GxR @ member_GxR.T) ** 2).sum()]])
+        own, shared = np.linalg.lstsq(
+            moments, np.array([rest_R @ rest_R, ((member_GxR @ rest_R) ** 2).sum()]), rcond=None
+        )[0]
+        if shared > 0:
+            sums_QxG = basis_QxR @ member_GxR.T
+            covariance = max(own, 1e-3 * noise) * np.eye(q) + shared * sums_QxG @ sums_QxG.T
+            share = shared * (sums_QxG**2).sum() / np.trace(covariance)
+            freedom = 1 / (share**2 / clusters + (1 - share) ** 2 / spare)  # Satterthwaite 1946
+    ratio = float(along_Q @ np.linalg.solve(covariance, along_Q)) / q / max(1.0, uneven)
+    beyond = max(0.0, float(along_Q @ along_Q) - float(np.trace(covariance)))
+    return float(stats.f.sf(ratio, q, freedom)), float(np.sqrt(beyond / rows)), part_R
 
 
-def _better(found: Robust, table: Table) -> str:
+def _better(found: Robust, table: Table, cluster_R: np.ndarray | None) -> str:
     """The clause on the best of the laws that read the same columns, or more of the table's, for the same target."""
     own, rows = found.law, len(table)
     delta = float(found.delta_T[0])
@@ -228,7 +255,7 @@ def _better(found: Robust, table: Table) -> str:
     if not rivals or (best := min(rivals, key=lambda one: one[0]))[0] > -BETTER:
         return ""
     gain, name, fitted = best
-    rest = along_axes(fitted, axes(fitted.law, table))
+    rest = along_axes(fitted, axes(fitted.law, table), cluster_R)
     still = f", though along {rest.axis} it bends too" if rest and rest.wrong else ""
     return f"{name} fits better (AICc {gain:.0f}){still}"
 

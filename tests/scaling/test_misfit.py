@@ -55,7 +55,7 @@ def test_a_law_that_holds_is_seldom_blamed():
         log_n, log_d = log_KxR = np.log(calibrate.columns(design))
         found = robust(CHINCHILLA, log_KxR, calibrate.simulate(design, count, 0.01, [11])[1])
         axes = {"N": (True, log_n), "D": (True, log_d), "C": (True, log_n + log_d), "M": (True, log_d - log_n)}
-        blamed += sum(misfit.along_axes(found, axes, table).wrong for table in range(count))
+        blamed += sum(misfit.along_axes(found, axes, table=table).wrong for table in range(count))
     assert blamed <= 0.01 * count * len(words)
 
 
