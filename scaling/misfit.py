@@ -1,4 +1,25 @@
-"""Is the form of a law wrong for a table? A test for what its residuals still say, and the reason in one line."""
+"""Is the form of a law wrong for a table? A test for what its residuals still say, and the reason in one line.
+
+Residuals under the loss of robust.py are tested for bends along each column, and along products and ratios of two of
+them, that the law itself cannot make. A warning takes a chance below CHANCE and a size above LEAST. Measured on tables
+of Chinchilla's law, 1,000 to 2,000 in each of the 30 designs of calibrate.py with 1 % of noise, warnings in per cent:
+
+    normal noise 0 to 0.2    Student's t 0 to 0.2    noise that falls sixfold with compute 0.3 to 0.8
+
+and with residuals of five published fits drawn again, 0 to 0.3. With noise shared by the checkpoints of a run, 4 to 71
+without `cluster` and 0.1 to 1.0 with it. Fitted by Chinchilla's law, 200 tables each, at 0.3 and at 1 % of noise:
+
+                                              isoFLOP, 20     60        240       grid, 20     60        240 rows
+    Kaplan's law with its published values    100   99   100  100  100  100      100  100   100  100  100  100
+    coupled, gamma 0.6                         77    1   100   24  100   99      100   10   100   71  100  100
+    exponent of D lower by 0.09 from 1e10      98   12   100   99  100  100      100    4   100   94  100  100
+    tokens repeated up to 16 times            100  100   100  100  100  100      100   39   100  100  100  100
+    warm-up of 3e8 tokens for all runs         71    3   100   85  100  100       30    0    99    5  100   74
+    bump of 1 %, 1.6 wide in ln D               1    1    17    0   99    6        0    0    60    0  100    6
+
+The bump leaves 0.1 to 0.3 % when the law has been fitted to it, which takes hundreds of rows to see. Where the warning
+came, the place said to lie highest did lie above that said to lie lowest, in 95 to 100 % of the tables of each kind.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +46,8 @@ TURNS = ((3,), (3, 4))
 """Degrees in log N that isoFLOP curves may have beyond a parabola's."""
 CHANCE = 1e-3
 LEAST = 1e-3
+"""Of the systematic part, rms. Over ten other forms the fitted law was off by 2.3 times that at ten times the compute, 0.9 to
+3.6 in most: a quarter of a per cent, which is what another seed does."""
 BETTER = 10.0
 """By which a richer law must lower the corrected Akaike criterion (Burnham and Anderson 2002: no support is left beyond 10)."""
 SPANNED = 1e-3
@@ -222,7 +245,7 @@ def _test(
             sums_QxG = basis_QxR @ member_GxR.T
             covariance = max(own, 1e-3 * noise) * np.eye(q) + shared * sums_QxG @ sums_QxG.T
             share = shared * (sums_QxG**2).sum() / np.trace(covariance)
-            freedom = 1 / (share**2 / clusters + (1 - share) ** 2 / spare)  # Satterthwaite 1946
+            freedom = 1 / (share / clusters + (1 - share) / spare)
     ratio = float(along_Q @ np.linalg.solve(covariance, along_Q)) / q / max(1.0, uneven)
     beyond = max(0.0, float(along_Q @ along_Q) - float(np.trace(covariance)))
     return float(stats.f.sf(ratio, q, freedom)), float(np.sqrt(beyond / rows)), part_R

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from simulated import CHINCHILLA
 
+from llm_jax.config import BadInput
 from scaling import calibrate, laws, misfit, tables
 from scaling.fit import fit
 from scaling.isoflop import parabolas
@@ -141,6 +142,28 @@ def test_a_held_value_is_part_of_the_form():
     table = runs(additive)
     assert misfit.warning(fit(CHINCHILLA, table, hold={"alpha": 0.6}), table) is not None
     assert misfit.warning(fit(CHINCHILLA, table, hold={"alpha": TRUTH["alpha"]}), table) is None
+
+
+def test_runs_that_share_their_noise():
+    """Eight checkpoints of each of ten runs, off by what their run is off: no bend, unless they are taken for 80 runs."""
+    trunk = np.repeat(np.arange(10), 8)
+    n_params, d_tokens = np.geomspace(5e7, 1e10, 10)[trunk], np.tile(np.geomspace(1e9, 4e11, 8), 10)
+    log_n, log_d = log_KxR = np.log([n_params, d_tokens])
+    rng, count = np.random.default_rng(0), 300
+    noise_SxR = 0.008 * rng.standard_normal((count, 10))[:, trunk] + 0.004 * rng.standard_normal((count, 80))
+    found = robust(CHINCHILLA, log_KxR, np.log(additive(n_params, d_tokens)) + noise_SxR)
+    axes = {"N": (True, log_n), "D": (True, log_d), "C": (True, log_n + log_d), "M": (True, log_d - log_n)}
+    alone, together = (
+        sum(misfit.along_axes(found, axes, cluster_R, table).wrong for table in range(count))
+        for cluster_R in (None, trunk)
+    )
+    assert together <= 0.01 * count
+    assert alone > 0.3 * count
+    columns = {"N_params": n_params, "D_tokens": d_tokens, "trunk": trunk.astype(float)}
+    table = Table(columns | {"loss": kaplan(n_params, d_tokens) * np.exp(noise_SxR[0])})
+    assert misfit.warning(fit(CHINCHILLA, table), table, "trunk") is not None
+    with pytest.raises(BadInput, match='no column "trunks"; did you mean "trunk"'):
+        misfit.warning(fit(CHINCHILLA, table), table, "trunks")
 
 
 def test_units_of_the_loss_do_not_matter():
