@@ -219,6 +219,16 @@ def test_isoflop_curves_near_enough_to_parabolas():
     assert sum(misfit.skewed(isoflops(0.31, 0.31, noise=0.005, seed=seed)[0]) is not None for seed in range(200)) <= 2
 
 
+def test_isoflop_curves_of_one_budget_or_few_sizes():
+    """One curve of nine sizes can be judged; three sizes a budget fit any parabola, and say nothing."""
+    table, _ = isoflops(0.36, 0.26, reach=64, noise=1e-4)
+    one = table.where("budget < 2e18")
+    assert "towards smaller models" in misfit.skewed(one)
+    assert "exponent" not in misfit.skewed(one)
+    size = np.tile(np.arange(9), 6)
+    assert misfit.skewed(table.select(np.isin(size, [0, 4, 8]))) is None
+
+
 def test_published_tables(shared_data):
     """Hoffmann et al.'s runs bend away from Kaplan's law along N; Gadre et al.'s over-trained ones from Chinchilla's."""
     epoch = tables.read(shared_data("scaling/epoch_chinchilla.csv")).where("excluded_by_paper == 0")
