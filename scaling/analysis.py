@@ -13,7 +13,7 @@ import numpy as np
 
 from llm_jax import files
 from llm_jax.config import BadInput, did_you_mean
-from scaling import checks, conventions, frontier, isoflop, laws, ledger, tables, uncertainty
+from scaling import checks, conventions, frontier, isoflop, laws, ledger, misfit, tables, uncertainty
 from scaling import fit as fitting
 from scaling import intervals as interval_methods
 from scaling.conventions import Counted
@@ -222,6 +222,7 @@ def analyse(
     warnings = [
         *fitted.warnings,
         *checks.open_sides(fitted, open_ends),
+        *filter(None, [misfit.warning(fitted, table, cluster)]),
         *checks.outliers(fitted, by_method.get("profile", {}), rough.objective),
         *checks.disagreement(fitted, table, ends),
         *(one.warning for one in parabolas if one.warning),
@@ -278,6 +279,7 @@ def _procedure(table: Table, procedure: Procedure, objective: str, methods: Sequ
     if methods and "bootstrap" not in methods:
         raise BadInput(f"{procedure.name} has intervals by bootstrap alone, not by {methods[0]}")
     found = procedure.run(table, objective, samples if methods else 0)
+    skew = filter(None, [misfit.skewed(table)]) if procedure.name == "isoflop" else ()
     allocates = bool(methods) and procedure.columns[-1] == "C_flops"
     counted = conventions.under_each(procedure.name, table) if allocates else []
     return Analysis(
@@ -292,7 +294,7 @@ def _procedure(table: Table, procedure: Procedure, objective: str, methods: Sequ
         parameters=found.parameters,
         by_method={"bootstrap": found.intervals} if found.intervals else {},
         unbounded=frozenset(),
-        warnings=[*found.warnings, *checks.decay(table), *conventions.warnings(counted)],
+        warnings=[*found.warnings, *skew, *checks.decay(table), *conventions.warnings(counted)],
         conventions=counted,
     )
 
