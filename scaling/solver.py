@@ -163,11 +163,17 @@ def _minimise_chunk(
     def evaluate(theta):
         log_pred, jacobian = problem.law.evaluate(theta, problem.x_KxR)
         residual = log_pred - target
+        inner = np.maximum(np.minimum(residual, delta), -delta)
+        pull = weight * inner
+        value = np.einsum("sr,sr->s", pull, residual - 0.5 * inner) + 0.5 * (precision * theta**2).sum(1)
         # Far out a law overflows; such a step is refused by its value, and its slopes must not spoil the algebra.
-        jacobian = np.clip(np.nan_to_num(jacobian, nan=0.0, posinf=0.0, neginf=0.0), -HUGE, HUGE)
-        value = (weight * huber(residual, delta)).sum(1) + 0.5 * (precision * theta**2).sum(1)
-        residual = np.nan_to_num(residual, nan=0.0, posinf=HUGE, neginf=-HUGE)
-        return residual, jacobian, np.where(np.isfinite(value), value, np.inf)
+        if not (jacobian.max() < HUGE and jacobian.min() > -HUGE):
+            jacobian = np.clip(np.nan_to_num(jacobian, nan=0.0, posinf=0.0, neginf=0.0), -HUGE, HUGE)
+        finite = np.isfinite(value)
+        if not finite.all():
+            residual = np.nan_to_num(residual, nan=0.0, posinf=HUGE, neginf=-HUGE)
+            pull = weight * np.clip(residual, -delta, delta)
+        return residual, pull, jacobian, np.where(finite, value, np.inf)
 
     theta = np.clip(theta_SxP, lower, upper)
     answer, answer_value = theta.copy(), np.full(len(theta), np.inf)
@@ -175,57 +181,59 @@ def _minimise_chunk(
     diagonal = np.arange(theta.shape[1])
     active, damping = np.arange(len(theta)), np.full(len(theta), 0.1)
     with np.errstate(all="ignore"):
-        residual, jacobian, value = evaluate(theta)
+        residual, pull, jacobian, value = evaluate(theta)
         for _ in range(max_steps):
-            gradient = np.einsum("spr,sr->sp", jacobian, weight * np.clip(residual, -delta, delta))
-            gradient += precision * theta
+            gradient = np.matmul(jacobian, pull[:, :, None])[:, :, 0] + precision * theta
             held = still | ((theta <= lower) & (gradient > 0)) | ((theta >= upper) & (gradient < 0))
             gradient[held] = 0
-            moving = np.where(held[:, :, None], 0, jacobian)
             # The reweighted Hessian lies above the true one (it is that of reweighted least squares, whose every step
             # goes down); damping along it keeps A and alpha, or E and the rest, moving together.
-            reweighted = weight * np.minimum(1, delta / np.maximum(np.abs(residual), 1e-300))
-            hessian = np.matmul(moving * (weight * (np.abs(residual) <= delta))[:, None], moving.swapaxes(1, 2))
-            metric = np.matmul(moving * reweighted[:, None], moving.swapaxes(1, 2))
-            hessian[:, diagonal, diagonal] += precision
-            metric[:, diagonal, diagonal] += precision
+            size = np.abs(residual)
+            hessian = np.matmul(jacobian * (weight * (size <= delta))[:, None], jacobian.swapaxes(1, 2))
+            metric = hessian.copy()
+            if delta < np.inf:
+                reweighted = weight * (delta / np.maximum(size, delta))
+                metric = np.matmul(jacobian * reweighted[:, None], jacobian.swapaxes(1, 2))
+            for matrix in hessian, metric:
+                matrix[held] = 0
+                matrix.swapaxes(1, 2)[held] = 0
+                matrix[:, diagonal, diagonal] += precision
             scale = np.sqrt(metric[:, diagonal, diagonal])
             scale = np.where(scale > 0, scale, 1.0)
-            metric /= scale[:, :, None] * scale[:, None, :]
+            both = scale[:, :, None] * scale[:, None, :]
+            metric /= both
             metric[:, diagonal, diagonal] += RIDGE
-            whiten = np.linalg.inv(np.linalg.cholesky(metric)) / scale[:, None, :]
-            curvature, axes = np.linalg.eigh(whiten @ hessian @ whiten.swapaxes(1, 2))
-            axes = np.matmul(whiten.swapaxes(1, 2), axes)
-            slope = np.einsum("spq,sp->sq", axes, gradient)
-            move = -np.einsum("spq,sq->sp", axes, slope / (np.maximum(curvature, 0) + damping[:, None]))
+            move = -np.linalg.solve(hessian / both + damping[:, None, None] * metric, (gradient / scale)[:, :, None])
             # theta is made of logs and exponents: a longer step than 1 leaves what the linearisation knows, and can
             # switch a term off for good.
-            move = np.where(held, 0, move)
+            move = np.where(held, 0, move[:, :, 0] / scale)
             longest = np.abs(move).max(1)
             move /= np.maximum(1, longest)[:, None]
             trial = np.clip(theta + move, lower, upper)
             step = trial - theta
-            promised = -(step * gradient).sum(1) - 0.5 * np.einsum("sp,spq,sq->s", step, hessian, step)
-            new_residual, new_jacobian, new_value = evaluate(trial)
-            better = new_value <= value
+            curved = np.matmul(hessian, step[:, :, None])[:, :, 0]
+            promised = -(step * (gradient + 0.5 * curved)).sum(1)
+            new_residual, new_pull, new_jacobian, new_value = evaluate(trial)
+            worse = ~(new_value <= value)
             ratio = (value - new_value) / np.maximum(promised, 1e-300)
-            damping *= np.where(better, np.where(ratio > 0.75, 0.1, np.where(ratio < 0.25, 3.0, 1.0)), 3.0)
+            damping *= np.where(worse | (ratio < 0.25), 3.0, np.where(ratio > 0.75, 0.1, 1.0))
             damping = np.maximum(damping, 1e-12)
 
             # One parameter without slope can ask for so long a step that nothing of it is left for the others.
             finished = (np.abs(promised) <= tolerance * value + EXACT) & (longest < WILD)
-            theta = np.where(better[:, None], trial, theta)
-            residual = np.where(better[:, None], new_residual, residual)
-            jacobian = np.where(better[:, None, None], new_jacobian, jacobian)
-            value = np.where(better, new_value, value)
+            now = theta, residual, pull, jacobian, value
+            theta, residual, pull, jacobian, value = trial, new_residual, new_pull, new_jacobian, new_value
+            if worse.any():
+                for kept, tried in zip(now, (theta, residual, pull, jacobian, value), strict=True):
+                    tried[worse] = kept[worse]
             # A promise that damping alone made small is no convergence.
             converged[active] = finished & (damping < 1e3)
             answer[active], answer_value[active] = theta, value
             stay = ~finished & (damping < 1e15)
             if not stay.all():
                 active, damping, theta, value = active[stay], damping[stay], theta[stay], value[stay]
-                residual, jacobian, weight, target = residual[stay], jacobian[stay], weight[stay], target[stay]
-                still = still[stay]
+                residual, pull, jacobian = residual[stay], pull[stay], jacobian[stay]
+                weight, target, still = weight[stay], target[stay], still[stay]
             if not len(active):
                 break
     return answer, answer_value, converged
