@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
+import functools
+import os
 from dataclasses import dataclass
 
 import numpy as np
@@ -122,18 +125,38 @@ def minimise(
         return _least_absolute(problem, theta_SxP, max_steps, tolerance)
     size = max(1, CHUNK // (problem.x_KxR.shape[1] * theta_SxP.shape[1]))
     target, weights, free = problem.target, problem.weights_SxR, problem.free_P
-    parts = []
-    for at in range(0, len(theta_SxP), size):
-        rows = slice(at, at + size)
+
+    def solve(rows: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         part = dataclasses.replace(
             problem,
             target=target[rows] if target.ndim == 2 else target,
             weights_SxR=None if weights is None else weights[rows],
             free_P=free[rows] if free is not None and free.ndim == 2 else free,
         )
-        parts.append(_minimise_chunk(part, theta_SxP[rows], max_steps, tolerance))
-    theta, value, converged = (np.concatenate(part) for part in zip(*parts, strict=True))
+        return _minimise_chunk(part, theta_SxP[rows], max_steps, tolerance)
+
+    chunks = [slice(at, at + size) for at in range(0, len(theta_SxP), size)]
+    if len(chunks) == 1:
+        return solve(chunks[0])
+    _keep_memory()
+    with concurrent.futures.ThreadPoolExecutor(min(cores(), len(chunks))) as pool:  # NumPy's loops run beside each other
+        theta, value, converged = (np.concatenate(part) for part in zip(*pool.map(solve, chunks), strict=True))
     return theta, value, converged
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@functools.cache
+def _keep_memory() -> None:
+    """Has glibc keep freed arrays: fresh pages from the kernel for each of them take more time than the arithmetic.
+
+    Its limits for giving memory back follow the largest block that was freed, up to 32 MiB (mallopt(3),
+    M_MMAP_THRESHOLD). A block that nobody touches costs nothing.
+    """
+    np.empty((32 << 20) - 4096, np.uint8)
 
 
 def _least_absolute(

@@ -48,7 +48,8 @@ def resample(groups_R: np.ndarray, samples: int, parameters: int, rng: np.random
         weights[again] = 0
         for members in members_of:
             drawn = members[rng.integers(0, len(members), (len(again), len(members)))]
-            np.add.at(weights, (again[:, None], drawn), 1)
+            cells = np.arange(len(again))[:, None] * rows + drawn
+            weights[again] += np.bincount(cells.ravel(), minlength=len(again) * rows).reshape(-1, rows)
         again = again[(weights[again] > 0).sum(1) < parameters]
         if not len(again):
             break

@@ -44,7 +44,7 @@ class Dual(np.lib.mixins.NDArrayOperatorsMixin):
             if isinstance(one, Dual) and one.slopes:
                 partial = RULES[ufunc][at](*values, result)
                 for name, slope in one.slopes.items():
-                    part = slope if isinstance(partial, float) and partial == 1 else partial * slope
+                    part = _times(partial, slope)
                     slopes[name] = slopes[name] + part if name in slopes else part
         return Dual(result, slopes)
 
@@ -62,6 +62,13 @@ class Dual(np.lib.mixins.NDArrayOperatorsMixin):
 
 def _value(one: Any) -> Any:
     return one.value if isinstance(one, Dual) else one
+
+
+def _times(partial: Any, slope: Any) -> Any:
+    """Their product, without a pass over the array where one of them is the number 1."""
+    if isinstance(partial, float) and partial == 1:
+        return slope
+    return partial if isinstance(slope, float) and slope == 1 else partial * slope
 
 
 def _spelled(ufunc: np.ufunc, method: str) -> str:

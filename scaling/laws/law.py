@@ -73,11 +73,11 @@ class Parameter:
             return np.exp(theta)
         return theta if self.kind == "free" else special.expit(theta)
 
-    def slope(self, natural: np.ndarray) -> np.ndarray:
+    def slope(self, natural: np.ndarray) -> np.ndarray | float:
         """d natural / d theta."""
         if self.kind == "positive":
             return natural
-        return np.ones_like(natural) if self.kind == "free" else natural * (1 - natural)
+        return 1.0 if self.kind == "free" else natural * (1 - natural)
 
 
 def scale(low: float = 0.02, high: float = 1.0) -> Parameter:
@@ -215,13 +215,13 @@ def by_function(
             natural = kind.natural(theta_SxP[:, p : p + 1])
             given[key] = Dual(natural, {p: kind.slope(natural)})
         found = function(**given)
-        found = np.log(found) if log else found
         shape = len(theta_SxP), x_KxR.shape[1]
-        jacobian_SxPxR = np.zeros((shape[0], extra + bool(moved), shape[1]))
         value, slopes = (found.value, found.slopes) if isinstance(found, Dual) else (found, {})
-        for p, slope in slopes.items():
-            jacobian_SxPxR[:, p] = slope
-        return np.broadcast_to(value, shape), jacobian_SxPxR
+        jacobian_SxPxR = np.empty((shape[0], extra + bool(moved), shape[1]))
+        by_value = 1 / value if log else 1.0
+        for p in range(jacobian_SxPxR.shape[1]):
+            np.multiply(slopes.get(p, 0.0), by_value, out=jacobian_SxPxR[:, p])
+        return np.broadcast_to(np.log(value) if log else value, shape), jacobian_SxPxR
 
     def evaluate(theta_SxP: np.ndarray, x_KxR: np.ndarray) -> Arrays:
         with np.errstate(all="ignore"):
