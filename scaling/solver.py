@@ -184,7 +184,8 @@ def _minimise_chunk(
     still = np.broadcast_to(False if problem.free_P is None else ~problem.free_P, theta_SxP.shape)
 
     def evaluate(theta):
-        log_pred, jacobian = problem.law.evaluate(theta, problem.x_KxR)
+        alike = (theta == theta[0]).all()  # as where a bootstrap starts: one evaluation serves all
+        log_pred, jacobian = problem.law.evaluate(theta[:1] if alike else theta, problem.x_KxR)
         residual = log_pred - target
         inner = np.maximum(np.minimum(residual, delta), -delta)
         pull = weight * inner
@@ -196,6 +197,7 @@ def _minimise_chunk(
         if not finite.all():
             residual = np.nan_to_num(residual, nan=0.0, posinf=HUGE, neginf=-HUGE)
             pull = weight * np.clip(residual, -delta, delta)
+        jacobian = np.repeat(jacobian, len(theta), axis=0) if alike else jacobian
         return residual, pull, jacobian, np.where(finite, value, np.inf)
 
     theta = np.clip(theta_SxP, lower, upper)
