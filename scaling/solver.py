@@ -6,6 +6,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -112,6 +113,10 @@ class Problem:
     """Of a normal prior around zero: adds sum_p precision_p theta_p^2 / 2. None: none."""
 
 
+Solver = Callable[[Problem, np.ndarray, int, float], tuple[np.ndarray, np.ndarray, np.ndarray]]
+"""`minimise`, or `accelerated.minimise`."""
+
+
 def minimise(
     problem: Problem, theta_SxP: np.ndarray, max_steps: int = 150, tolerance: float = 1e-10
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -122,7 +127,7 @@ def minimise(
     least squares creeps for hundreds. A problem stops when its step promises less than `tolerance` times its value.
     """
     if problem.delta == 0:
-        return _least_absolute(problem, theta_SxP, max_steps, tolerance)
+        return least_absolute(problem, theta_SxP, max_steps, tolerance, minimise)
     size = max(1, CHUNK // (problem.x_KxR.shape[1] * theta_SxP.shape[1]))
     target, weights, free = problem.target, problem.weights_SxR, problem.free_P
 
@@ -139,7 +144,9 @@ def minimise(
     if len(chunks) == 1:
         return solve(chunks[0])
     _keep_memory()
-    with concurrent.futures.ThreadPoolExecutor(min(cores(), len(chunks))) as pool:  # NumPy's loops run beside each other
+    with concurrent.futures.ThreadPoolExecutor(
+        min(cores(), len(chunks))
+    ) as pool:  # NumPy's loops run beside each other
         theta, value, converged = (np.concatenate(part) for part in zip(*pool.map(solve, chunks), strict=True))
     return theta, value, converged
 
@@ -159,14 +166,14 @@ def _keep_memory() -> None:
     np.empty((32 << 20) - 4096, np.uint8)
 
 
-def _least_absolute(
-    problem: Problem, theta_SxP: np.ndarray, max_steps: int, tolerance: float
+def least_absolute(
+    problem: Problem, theta_SxP: np.ndarray, max_steps: int, tolerance: float, by: Solver
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Least absolute errors: Huber fits of ever smaller widths, each from the one before."""
+    """Least absolute errors: Huber fits `by` a solver of ever smaller widths, each from the one before."""
     unit = 1.0 if problem.law.log else float(np.median(np.abs(problem.target)))
     for width in WIDTHS:
         wide = dataclasses.replace(problem, delta=width * unit)
-        theta_SxP, _, converged = minimise(wide, theta_SxP, max_steps, tolerance)
+        theta_SxP, _, converged = by(wide, theta_SxP, max_steps, tolerance)
     with np.errstate(all="ignore"):
         residual = np.abs(problem.law.evaluate(theta_SxP, problem.x_KxR)[0] - problem.target)
     weights = 1.0 if problem.weights_SxR is None else problem.weights_SxR

@@ -13,7 +13,7 @@ import numpy as np
 from llm_jax.config import BadInput, did_you_mean
 from scaling.fit import GRADES, Fit, fit, prepare
 from scaling.isoflop import budgets
-from scaling.solver import Problem, minimise
+from scaling.solver import Problem, Solver, minimise
 from scaling.tables import Table
 
 
@@ -56,8 +56,13 @@ def resample(groups_R: np.ndarray, samples: int, parameters: int, rng: np.random
     return weights
 
 
-def refit(problem: Problem, theta_P: np.ndarray, weights_SxR: np.ndarray, max_steps: int = 400) -> np.ndarray:
-    """Theta_SxP of fits under each row of weights, from the optimum; also from a middling E if the optimum has none."""
+def refit(
+    problem: Problem, theta_P: np.ndarray, weights_SxR: np.ndarray, max_steps: int = 400, by: Solver | None = None
+) -> np.ndarray:
+    """Theta_SxP of fits under each row of weights, from the optimum; also from a middling E if the optimum has none.
+
+    `by` is the solver; default: the one that `fastest` names.
+    """
     starts = [theta_P]
     names, lowest = problem.law.parameters, problem.target.min()
     moves = problem.free_P is None or dict(zip(names, problem.free_P, strict=True)).get("E")
@@ -65,9 +70,23 @@ def refit(problem: Problem, theta_P: np.ndarray, weights_SxR: np.ndarray, max_st
         # Close to its bound E has no slope left to come back along, though many resamples would have it higher.
         starts.append(np.where(np.array(names) == "E", lowest - 0.7, theta_P))
     problem = dataclasses.replace(problem, weights_SxR=np.tile(weights_SxR, (len(starts), 1)))
-    theta, value, _ = minimise(problem, np.repeat(starts, len(weights_SxR), axis=0), max_steps, tolerance=1e-8)
+    solve = by or fastest(len(weights_SxR))
+    theta, value, _ = solve(problem, np.repeat(starts, len(weights_SxR), axis=0), max_steps, 1e-8)
     best = value.reshape(len(starts), -1).argmin(0)
     return theta.reshape(len(starts), len(weights_SxR), -1)[best, np.arange(len(weights_SxR))]
+
+
+ACCELERATED_FROM = 50_000
+"""Refits at once from which a GPU is looked for: loading JAX and compiling take longer than fewer of them do here."""
+
+
+def fastest(samples: int) -> Solver:
+    """Who solves so many problems: NumPy, or JAX where they are many and there is a GPU."""
+    if samples < ACCELERATED_FROM:
+        return minimise
+    from scaling import accelerated  # loads JAX
+
+    return accelerated.minimise if accelerated.available() else minimise
 
 
 INTERVALS = ("none", "bootstrap")

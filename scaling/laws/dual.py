@@ -50,13 +50,12 @@ class Dual(np.lib.mixins.NDArrayOperatorsMixin):
 
     def __array_function__(self, function: Callable[..., Any], types: Any, args: Any, kwargs: Any) -> Any:
         if function is np.where and len(args) == 3 and not kwargs:
-            chosen, *sides = args
+            chosen, a, b = _value(args[0]), *args[1:]
             slopes: dict[int, Array] = {}
-            for sign, side in zip((True, False), sides, strict=True):
-                for name, slope in side.slopes.items() if isinstance(side, Dual) else ():
-                    part = np.where(np.asarray(_value(chosen), bool) == sign, slope, 0.0)
-                    slopes[name] = slopes[name] + part if name in slopes else part
-            return Dual(np.where(_value(chosen), *map(_value, sides)), slopes)
+            for name in {**getattr(a, "slopes", {}), **getattr(b, "slopes", {})}:
+                sides = (side.slopes.get(name, 0.0) if isinstance(side, Dual) else 0.0 for side in (a, b))
+                slopes[name] = np.where(chosen, *sides)
+            return Dual(np.where(chosen, _value(a), _value(b)), slopes)
         raise BadInput(f"a law cannot use np.{function.__name__}: write it with elementwise arithmetic and np.where")
 
 
@@ -76,7 +75,7 @@ def _spelled(ufunc: np.ufunc, method: str) -> str:
 
 
 def _log(a: Any) -> Any:
-    return np.log(np.maximum(a, 0) + np.where(np.asarray(a) > 0, 0.0, 1.0))  # 0^b is 0 whatever b: no slope there
+    return np.log(np.maximum(a, 0) + np.where(a > 0, 0.0, 1.0))  # 0^b is 0 whatever b: no slope there
 
 
 RULES: dict[np.ufunc, tuple[Callable[..., Any], ...]] = {

@@ -217,11 +217,15 @@ def by_function(
         found = function(**given)
         shape = len(theta_SxP), x_KxR.shape[1]
         value, slopes = (found.value, found.slopes) if isinstance(found, Dual) else (found, {})
-        jacobian_SxPxR = np.empty((shape[0], extra + bool(moved), shape[1]))
         by_value = 1 / value if log else 1.0
-        for p in range(jacobian_SxPxR.shape[1]):
-            np.multiply(slopes.get(p, 0.0), by_value, out=jacobian_SxPxR[:, p])
-        return np.broadcast_to(np.log(value) if log else value, shape), jacobian_SxPxR
+        slopes_P = [slopes.get(p, 0.0) for p in range(extra + bool(moved))]
+        value = np.broadcast_to(np.log(value) if log else value, shape)
+        if not isinstance(value, np.ndarray):  # accelerated.py's
+            return value, np.stack([np.broadcast_to(slope * by_value, shape) for slope in slopes_P], 1)
+        jacobian_SxPxR = np.empty((shape[0], len(slopes_P), shape[1]))
+        for p, slope in enumerate(slopes_P):
+            np.multiply(slope, by_value, out=jacobian_SxPxR[:, p])
+        return value, jacobian_SxPxR
 
     def evaluate(theta_SxP: np.ndarray, x_KxR: np.ndarray) -> Arrays:
         with np.errstate(all="ignore"):
