@@ -104,7 +104,7 @@ def _compiled(law: Law) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
 
 
 def _minimise_chunk(
-    law: Law, theta, target, weight, free, x_KxR, precision, lower, upper, delta, max_steps, tolerance
+    law: Any, theta, target, weight, free, x_KxR, precision, lower, upper, delta, max_steps, tolerance
 ):  # fmt: skip
     parameters = theta.shape[1]
 

@@ -23,7 +23,7 @@ class Dual(np.lib.mixins.NDArrayOperatorsMixin):
     __slots__ = ("slopes", "value")
     __array_priority__ = 1000
 
-    def __init__(self, value: Array, slopes: Mapping[int, Array]):
+    def __init__(self, value: Array, slopes: Mapping[int, Any]):
         self.value, self.slopes = value, slopes
 
     @property
@@ -39,7 +39,7 @@ class Dual(np.lib.mixins.NDArrayOperatorsMixin):
             raise BadInput(f"a law cannot use {_spelled(ufunc, method)}, whose derivative is not known; valid: {known}")
         values = [_value(one) for one in inputs]
         result = ufunc(*values)
-        slopes: dict[int, Array] = {}
+        slopes: dict[int, Any] = {}
         for at, one in enumerate(inputs):
             if isinstance(one, Dual) and one.slopes:
                 partial = RULES[ufunc][at](*values, result)
@@ -50,8 +50,8 @@ class Dual(np.lib.mixins.NDArrayOperatorsMixin):
 
     def __array_function__(self, function: Callable[..., Any], types: Any, args: Any, kwargs: Any) -> Any:
         if function is np.where and len(args) == 3 and not kwargs:
-            chosen, a, b = _value(args[0]), *args[1:]
-            slopes: dict[int, Array] = {}
+            test, a, b = args
+            chosen, slopes = _value(test), {}
             for name in {**getattr(a, "slopes", {}), **getattr(b, "slopes", {})}:
                 sides = (side.slopes.get(name, 0.0) if isinstance(side, Dual) else 0.0 for side in (a, b))
                 slopes[name] = np.where(chosen, *sides)
