@@ -211,6 +211,9 @@ def calibrate(options: CalibrateOptions) -> None:
 
 def bench(options: BenchOptions) -> None:
     """Times one subject and prints what was found."""
+    # For matrices this small the threads of OpenBLAS only wait for each other; SciPy's L-BFGS-B takes up to ten times longer
+    # with them. It is read when NumPy is loaded.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from scaling import bench as benchmarks
     from scaling import tables
 

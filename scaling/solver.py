@@ -140,10 +140,10 @@ def minimise(
         )
         return _minimise_chunk(part, theta_SxP[rows], max_steps, tolerance)
 
+    _keep_memory()
     chunks = [slice(at, at + size) for at in range(0, len(theta_SxP), size)]
     if len(chunks) == 1:
         return solve(chunks[0])
-    _keep_memory()
     with concurrent.futures.ThreadPoolExecutor(
         min(cores(), len(chunks))
     ) as pool:  # NumPy's loops run beside each other

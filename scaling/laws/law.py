@@ -243,10 +243,17 @@ def by_function(
     def bounds(x_KxR: np.ndarray, target_R: np.ndarray) -> Arrays:
         return limits([(kind.least, kind.most) for kind in each], target_R)
 
+    def look(theta_SxP: np.ndarray, x_KxR: np.ndarray) -> Arrays:
+        """Predictions_SxR, and the largest slope of any row by each parameter, SxP."""
+        predicted_SxR, jacobian_SxPxR = evaluate(theta_SxP, x_KxR)
+        return predicted_SxR, np.maximum(jacobian_SxPxR.max(2), -jacobian_SxPxR.min(2))
+
     def starts(x_KxR: np.ndarray, target_R: np.ndarray) -> np.ndarray:
         low_P, high_P = limits([(kind.low, kind.high) for kind in each], target_R)
         theta_SxP = low_P + (high_P - low_P) * qmc.Sobol(len(each), rng=np.random.default_rng(0)).random(POOL)
-        predicted_SxR, jacobian_SxPxR = evaluate(theta_SxP, x_KxR)
+        parts = np.array_split(theta_SxP, 8)  # what stays in cache
+        looks = [look(part, x_KxR) for part in parts]
+        predicted_SxR, effect_SxP = (np.concatenate(one) for one in zip(*looks, strict=True))
         with np.errstate(all="ignore"):
             if log:  # all terms together brought to the height of the data
                 offset_S = np.nan_to_num(np.median(target_R - predicted_SxR, axis=1))
@@ -255,7 +262,6 @@ def by_function(
                 predicted_SxR = predicted_SxR + offset_S[:, None] * of_target.any()
             misfit_S = np.mean(np.abs(predicted_SxR - target_R), axis=1)
             # Where a parameter does next to nothing, a term of the law is off and has no slope to come back along.
-            effect_SxP = np.abs(jacobian_SxPxR).max(2)
             misfit_S = np.where((effect_SxP < FAINT * np.nanmedian(effect_SxP, axis=0)).any(1), np.inf, misfit_S)
         order = np.argsort(np.where(np.isfinite(misfit_S), misfit_S, np.inf), kind="stable")
         return theta_SxP[order[:STARTS]]
