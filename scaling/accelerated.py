@@ -82,7 +82,9 @@ def minimise(
 
     def part(array: np.ndarray, at: int) -> np.ndarray:
         """The rows of a chunk, the last one again where they end early: one shape, one compilation."""
-        return array if len(array) == 1 < samples else array[np.minimum(np.arange(at, at + size), samples - 1)]
+        if len(array) == 1 < samples:
+            return array
+        return np.pad(array[at : at + size], ((0, max(0, at + size - samples)), (0, 0)), "edge")
 
     # Scoped: training stays in its own precision, with its own rules of promotion.
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):

@@ -29,6 +29,9 @@ class Bootstrap:
     """The same in the law's unconstrained form, for the columns as they are."""
 
 
+BLOCK = 500  # resamples drawn at once: what stays in cache
+
+
 def resample(groups_R: np.ndarray, samples: int, parameters: int, rng: np.random.Generator) -> np.ndarray:
     """Weights_SxR of rows drawn with replacement: within each group where all have at least four rows, else over all.
 
@@ -47,9 +50,10 @@ def resample(groups_R: np.ndarray, samples: int, parameters: int, rng: np.random
     for _ in range(20):
         weights[again] = 0
         for members in members_of:
-            drawn = members[rng.integers(0, len(members), (len(again), len(members)))]
-            cells = np.arange(len(again))[:, None] * rows + drawn
-            weights[again] += np.bincount(cells.ravel(), minlength=len(again) * rows).reshape(-1, rows)
+            for some in np.array_split(again, 1 + len(again) // BLOCK):
+                drawn = members[rng.integers(0, len(members), (len(some), len(members)))]
+                cells = np.arange(len(some))[:, None] * rows + drawn
+                weights[some] += np.bincount(cells.ravel(), minlength=len(some) * rows).reshape(-1, rows)
         again = again[(weights[again] > 0).sum(1) < parameters]
         if not len(again):
             break
