@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from llm_jax.config import BadInput, Config, did_you_mean, fingerprint
 from scaling.options import (
     BacktestOptions,
+    BenchOptions,
     CalibrateOptions,
     DataOptions,
     FitOptions,
@@ -210,6 +211,20 @@ def calibrate(options: CalibrateOptions) -> None:
     print(jsonlib.dumps({"coverage": tables.finite(rows)}) if options.json else calibration.describe(rows))
 
 
+def bench(options: BenchOptions) -> None:
+    """Times one subject and prints what was found."""
+    # For matrices this small the threads of OpenBLAS only wait for each other; SciPy's L-BFGS-B takes up to ten times longer
+    # with them. It is read when NumPy is loaded.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    from scaling import bench as benchmarks
+    from scaling import tables
+
+    if options.subject not in benchmarks.SUBJECTS:
+        raise BadInput(f'"{options.subject}" is nothing to bench{did_you_mean(options.subject, benchmarks.SUBJECTS)}')
+    found = benchmarks.bench_fit(options.table, options.where, options.full)
+    print(jsonlib.dumps(tables.finite(found)) if options.json else benchmarks.describe(found))
+
+
 def report(options: ReportOptions) -> None:
     """Writes the report and prints its summary and its path."""
     from scaling import content
@@ -289,6 +304,7 @@ VERBS: dict[str, tuple[Any, Callable[[Any], None]]] = {
     "verify": (VerifyOptions, verify),
     "plan": (PlanOptions, plan),
     "calibrate": (CalibrateOptions, calibrate),
+    "bench": (BenchOptions, bench),
     "report": (ReportOptions, report),
     "data": (DataOptions, data),
     "generate": (GenerateOptions, generate),

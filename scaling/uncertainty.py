@@ -12,7 +12,7 @@ import numpy as np
 
 from scaling.fit import GRADES, Fit, prepare
 from scaling.isoflop import budgets
-from scaling.solver import Problem, minimise
+from scaling.solver import Problem, Solver, minimise
 from scaling.tables import Table
 
 
@@ -28,6 +28,9 @@ class Bootstrap:
     """The same in the law's unconstrained form, for the columns as they are."""
     drawn: str = ""
     """What was drawn with replacement, in words."""
+
+
+BLOCK = 500  # resamples drawn at once: what stays in cache
 
 
 def resample(groups_R: np.ndarray, samples: int, parameters: int, rng: np.random.Generator) -> np.ndarray:
@@ -48,8 +51,10 @@ def resample(groups_R: np.ndarray, samples: int, parameters: int, rng: np.random
     for _ in range(20):
         weights[again] = 0
         for members in members_of:
-            drawn = members[rng.integers(0, len(members), (len(again), len(members)))]
-            np.add.at(weights, (again[:, None], drawn), 1)
+            for some in np.array_split(again, 1 + len(again) // BLOCK):
+                drawn = members[rng.integers(0, len(members), (len(some), len(members)))]
+                cells = np.arange(len(some))[:, None] * rows + drawn
+                weights[some] += np.bincount(cells.ravel(), minlength=len(some) * rows).reshape(-1, rows)
         again = again[(weights[again] > 0).sum(1) < parameters]
         if not len(again):
             break
@@ -74,8 +79,13 @@ def whole_clusters(cluster_R: np.ndarray, samples: int, parameters: int, rng: np
     return weights
 
 
-def refit(problem: Problem, theta_P: np.ndarray, weights_SxR: np.ndarray, max_steps: int = 400) -> np.ndarray:
-    """Theta_SxP of fits under each row of weights, from the optimum; also from a middling E if the optimum has none."""
+def refit(
+    problem: Problem, theta_P: np.ndarray, weights_SxR: np.ndarray, max_steps: int = 400, by: Solver | None = None
+) -> np.ndarray:
+    """Theta_SxP of fits under each row of weights, from the optimum; also from a middling E if the optimum has none.
+
+    `by` is the solver; default: the one that `fastest` names.
+    """
     starts = [theta_P]
     names, lowest = problem.law.parameters, problem.target.min()
     moves = problem.free_P is None or dict(zip(names, problem.free_P, strict=True)).get("E")
@@ -83,9 +93,23 @@ def refit(problem: Problem, theta_P: np.ndarray, weights_SxR: np.ndarray, max_st
         # Close to its bound E has no slope left to come back along, though many resamples would have it higher.
         starts.append(np.where(np.array(names) == "E", lowest - 0.7, theta_P))
     problem = dataclasses.replace(problem, weights_SxR=np.tile(weights_SxR, (len(starts), 1)))
-    theta, value, _ = minimise(problem, np.repeat(starts, len(weights_SxR), axis=0), max_steps, tolerance=1e-8)
+    solve = by or fastest(len(weights_SxR))
+    theta, value, _ = solve(problem, np.repeat(starts, len(weights_SxR), axis=0), max_steps, 1e-8)
     best = value.reshape(len(starts), -1).argmin(0)
     return theta.reshape(len(starts), len(weights_SxR), -1)[best, np.arange(len(weights_SxR))]
+
+
+ACCELERATED_FROM = 50_000
+"""Refits at once from which a GPU is looked for: loading JAX and compiling take longer than fewer of them do here."""
+
+
+def fastest(samples: int) -> Solver:
+    """Who solves so many problems: NumPy, or JAX where they are many and there is a GPU."""
+    if samples < ACCELERATED_FROM:
+        return minimise
+    from scaling import accelerated  # loads JAX
+
+    return accelerated.minimise if accelerated.available() else minimise
 
 
 def bootstrap(
