@@ -17,7 +17,7 @@ from scaling import uncertainty
 from scaling.fit import Fit, prepare
 from scaling.profile import profile_ends
 from scaling.robust import Robust, correlations, covariance, robust, wald_ends
-from scaling.solver import Problem, minimise
+from scaling.solver import Problem
 from scaling.tables import Table
 
 METHODS = ("profile", "hessian", "bootstrap")
@@ -129,7 +129,8 @@ def _bootstrap(
         weights = whole_clusters(cluster_R, samples, int(result.free.sum()), np.random.default_rng(seed))
         problem = Problem(law, x_KxR, target, result.delta, (lower, upper), weights, free_P=result.free)
         start_SxP = np.tile(law.shift(result.theta, by_K), (samples, 1))
-        theta_SxP = law.shift(minimise(problem, start_SxP, max_steps=400, tolerance=1e-8)[0], -by_K)
+        solve = uncertainty.fastest(samples)
+        theta_SxP = law.shift(solve(problem, start_SxP, 400, 1e-8)[0], -by_K)
     tails = [(1 - level) / 2, (1 + level) / 2]
     low_P, high_P = np.quantile(theta_SxP, tails, axis=0)
     # The bounds are of theta for centred columns.
