@@ -67,8 +67,9 @@ def _check_types(config: Any, path: str) -> None:
 
 @dataclass(frozen=True)
 class Model:
-    """A decoder-only Transformer."""
+    """A language model of one of several families. A field that a family does not read is said so; it changes nothing there."""
 
+    family: Literal["transformer"] = "transformer"
     vocab_size: int = 256
     """Rows of the embedding. The tokenizer "bytes" needs 256."""
     num_layers: int = 4
@@ -111,6 +112,11 @@ class Model:
         ):
             value = getattr(self, name)
             _require(value is None or value > 0, f"model.{name} must be positive, got {value}")
+        _require(0 <= self.dropout < 1, f"model.dropout must lie in [0, 1), got {self.dropout}")
+        if self.attends:
+            self._check_attention()
+
+    def _check_attention(self) -> None:
         if self.head_dim is None and self.d_model % self.num_heads:
             even = 2 if self.positions == "rotary" and self.d_model % 2 == 0 else 1
             divisors = [heads for heads in range(1, self.d_model + 1) if self.d_model % (even * heads) == 0]
@@ -134,7 +140,16 @@ class Model:
                 self.d_model % 2 == 0,
                 f"sinusoidal positions need an even model.d_model, got {self.d_model}; try {self.d_model + 1}",
             )
-        _require(0 <= self.dropout < 1, f"model.dropout must lie in [0, 1), got {self.dropout}")
+
+    @property
+    def attends(self) -> bool:
+        """Whether the family has attention, and so heads and positions."""
+        return self.family == "transformer"
+
+    @property
+    def max_positions(self) -> int | None:
+        """Tokens of the longest row that the model can read; None where nothing bounds it."""
+        return self.max_context if self.attends and self.positions == "learned" else None
 
     @property
     def head_width(self) -> int:
@@ -149,29 +164,6 @@ class Model:
         if self.d_ff:
             return self.d_ff
         return -(-8 * self.d_model // 3 // 8) * 8 if self.mlp == "swiglu" else 4 * self.d_model
-
-    @property
-    def num_params(self) -> int:
-        """All parameters; a tied embedding counts once."""
-        norms = 2 * self.num_layers + (self.norm_position == "pre")
-        head_norms = 2 * self.num_layers * self.head_width if self.qk_norm else 0
-        tables = self.max_context * self.d_model if self.positions == "learned" else 0
-        head = 0 if self.tie_embeddings else self.vocab_size * self.d_model
-        return (
-            self.num_params_matrices
-            + norms * self.d_model
-            + head_norms
-            + tables
-            + head
-            + self.vocab_size * self.d_model
-        )
-
-    @property
-    def num_params_matrices(self) -> int:
-        """The matrices of the blocks alone: N of Kaplan et al. 2020, without embeddings, head, positions and norms."""
-        attention = self.d_model * self.head_width * (2 * self.num_heads + 2 * self.kv_heads)
-        mlp = self.d_model * self.ff_width * (3 if self.mlp == "swiglu" else 2)
-        return self.num_layers * (attention + mlp)
 
 
 @dataclass(frozen=True)
@@ -315,9 +307,9 @@ class Config:
                 self.model.vocab_size >= 256,
                 f"the tokenizer bytes needs model.vocab_size >= 256, got {self.model.vocab_size}",
             )
-        if self.model.positions == "learned":
+        if self.model.max_positions is not None:
             _require(
-                self.data.context <= self.model.max_context,
+                self.data.context <= self.model.max_positions,
                 f"data.context={self.data.context} exceeds the learned positions; model.max_context={self.model.max_context}",
             )
         if self.train.tokens_per_step != RULE:

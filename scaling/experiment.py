@@ -17,6 +17,7 @@ from typing import Any
 from llm_jax import ladder
 from llm_jax.config import BadInput, Config, Data, Model, Train, did_you_mean, field_names, fingerprint, override
 from llm_jax.ladder import Ladder
+from llm_jax.parts import num_params
 from scaling import cost
 
 Point = Mapping[str, Any]
@@ -116,7 +117,7 @@ def trial(base: Config, rungs: Ladder, point: Point) -> Trial:
     config = override(base, overrides)
     if "compute" in point:
         config = override(
-            config, {"train.tokens": max(1, round(float(point["compute"]) / (6 * config.model.num_params)))}
+            config, {"train.tokens": max(1, round(float(point["compute"]) / (6 * num_params(config.model))))}
         )
     return Trial(ladder.resolve(config), dict(point))
 

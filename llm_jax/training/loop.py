@@ -18,7 +18,7 @@ from llm_jax import files
 from llm_jax.config import Config, Model, Train, fingerprint, to_dict
 from llm_jax.data import pipeline
 from llm_jax.data.prepare import Prepared
-from llm_jax.models import transformer
+from llm_jax.models import families
 from llm_jax.training import pretrain
 from llm_jax.training.checkpoint import Checkpoints
 from llm_jax.training.metrics import Metrics
@@ -59,7 +59,7 @@ def compiled_call(model: Model, train: Train):
 def _compiled_init(model: Model):
     # Runs once: on a CPU, half of its compilation would be spent on making it fast.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    return jax.jit(functools.partial(transformer.init, model), compiler_options=options)
+    return jax.jit(functools.partial(families.init, model), compiler_options=options)
 
 
 def _program(train: Train) -> Train:
@@ -170,9 +170,7 @@ def train(
 
 def load_params(cfg: Config, folder: Path) -> Any:
     """Parameters of the last checkpoint of a run."""
-    abstract = jax.eval_shape(
-        lambda: init_state(transformer.init(cfg.model, jax.random.key(0)), adamw(cfg.train).init, 0)
-    )
+    abstract = jax.eval_shape(lambda: init_state(families.init(cfg.model, jax.random.key(0)), adamw(cfg.train).init, 0))
     checkpoints = Checkpoints(folder / "checkpoints")
     steps = checkpoints.steps()
     if not steps:
