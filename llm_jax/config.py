@@ -69,36 +69,46 @@ def _check_types(config: Any, path: str) -> None:
 class Model:
     """A language model of one of several families. A field that a family does not read is said so; it changes nothing there."""
 
-    family: Literal["transformer"] = "transformer"
+    family: Literal["transformer", "lstm", "rnn", "feedforward"] = "transformer"
+    """transformer is decoder-only; lstm and rnn are recurrent; feedforward is that of Bengio et al. 2003."""
     vocab_size: int = 256
     """Rows of the embedding. The tokenizer "bytes" needs 256."""
     num_layers: int = 4
+    """Not read by feedforward, which has one hidden layer."""
     d_model: int = 128
-    """Width of the residual stream."""
+    """Width of the residual stream; of the state in lstm and rnn; of an embedding in feedforward."""
     num_heads: int = 2
+    """This, and what follows on heads, positions, MLPs and windows, is read by transformer alone, but for d_ff."""
     num_kv_heads: int | None = None
     """Key/value heads: None for multi-head, fewer for grouped-query (Ainslie et al. 2023), 1 for multi-query attention."""
     head_dim: int | None = None
     """None: d_model / num_heads."""
     d_ff: int | None = None
-    """Hidden width of the MLP. None: 4 d_model, or 8/3 d_model rounded up to a multiple of 8 for swiglu, which has three matrices."""
+    """Hidden width of the MLP. None: 4 d_model, or 8/3 d_model rounded up to a multiple of 8 for swiglu, which has three matrices.
+    Of feedforward, its hidden layer."""
     mlp: Literal["gelu", "swiglu", "relu2"] = "relu2"
     """relu2 is the squared ReLU of Primer (So et al. 2021)."""
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    """Not read by feedforward, which has none."""
     norm_position: Literal["pre", "post"] = "pre"
     positions: Literal["rotary", "learned", "sinusoidal"] = "rotary"
     rope_theta: float = 10_000.0
     max_context: int = 2048
     """Rows of the table of learned positions; unused otherwise."""
     tie_embeddings: bool = True
+    """The head is the embedding, transposed. Not read by feedforward, whose head is as wide as its hidden layer."""
     qk_norm: bool = True
     """RMSNorm on queries and keys (Dehghani et al. 2023): keeps high learning rates stable."""
     logit_softcap: float | None = None
     """logits = cap * tanh(logits / cap), as in Gemma 2."""
     window: int | None = None
     """Sliding-window attention: positions a token sees, itself included."""
+    ngram_order: int = 5
+    """n: feedforward predicts from the n - 1 tokens before. Read by it alone."""
+    direct_connections: bool = False
+    """From the embeddings to the output, past the hidden layer. Read by feedforward alone."""
     dropout: float = 0.0
-    """On embeddings and on each block's output."""
+    """On embeddings and on each block's output; never on a recurrence."""
     scan_layers: bool = False
     """One compiled block scanned over the layers: compiles faster when deep, runs slower when small. Same parameters either way."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -113,6 +123,8 @@ class Model:
             value = getattr(self, name)
             _require(value is None or value > 0, f"model.{name} must be positive, got {value}")
         _require(0 <= self.dropout < 1, f"model.dropout must lie in [0, 1), got {self.dropout}")
+        if self.family == "feedforward":
+            _require(self.ngram_order >= 2, f"model.ngram_order must be at least 2, got {self.ngram_order}")
         if self.attends:
             self._check_attention()
 
@@ -163,7 +175,7 @@ class Model:
     def ff_width(self) -> int:
         if self.d_ff:
             return self.d_ff
-        return -(-8 * self.d_model // 3 // 8) * 8 if self.mlp == "swiglu" else 4 * self.d_model
+        return -(-8 * self.d_model // 3 // 8) * 8 if self.attends and self.mlp == "swiglu" else 4 * self.d_model
 
 
 @dataclass(frozen=True)

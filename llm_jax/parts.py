@@ -27,7 +27,7 @@ class Part:
     shape: tuple[int, ...]
     """Of the array; without one, of the product: heads x positions x width."""
     outputs: int
-    """Numbers that it gives a token: what the backward pass keeps of it where nothing is recomputed."""
+    """Numbers that it gives a token: what the backward pass keeps of it where elementwise functions are recomputed."""
     times: int = 1
     """Layers that have one of their own."""
     stored: bool = True
@@ -120,4 +120,36 @@ def _transformer(model: Model, context: int) -> tuple[Part, ...]:
     return (*found, _head(model))
 
 
-_FAMILIES: dict[str, Callable[[Model, int], tuple[Part, ...]]] = {"transformer": _transformer}
+def _recurrent(model: Model, context: int) -> tuple[Part, ...]:
+    layers, width = model.num_layers, model.d_model
+    gates = (4 if model.family == "lstm" else 1, width)
+    return (
+        _embedding(model),
+        _norm("blocks/norm", model, layers),
+        _matrix("blocks/input", width, gates, layers),
+        Part("blocks/bias", "bias", gates, 0, layers),
+        _matrix("blocks/recurrent", width, gates, layers),
+        _norm("norm", model),
+        _head(model),
+    )
+
+
+def _feedforward(model: Model, context: int) -> tuple[Part, ...]:
+    seen, hidden, vocab = model.ngram_order - 1, model.ff_width, model.vocab_size
+    found = (
+        _embedding(model),
+        Part("hidden", "matrices", (seen, model.d_model, hidden), hidden),
+        Part("bias", "bias", (hidden,), 0),
+        _matrix("head", hidden, (vocab,), kind="head"),
+        Part("head_bias", "bias", (vocab,), 0),
+    )
+    direct = Part("direct", "head", (seen, model.d_model, vocab), vocab)
+    return (*found, direct) if model.direct_connections else found
+
+
+_FAMILIES: dict[str, Callable[[Model, int], tuple[Part, ...]]] = {
+    "transformer": _transformer,
+    "lstm": _recurrent,
+    "rnn": _recurrent,
+    "feedforward": _feedforward,
+}

@@ -7,11 +7,11 @@ from typing import Any
 import jax
 
 from llm_jax.config import Model
-from llm_jax.models import transformer
+from llm_jax.models import feedforward, recurrent, transformer
 
 Params = Any
 
-FAMILIES = {"transformer": transformer}
+FAMILIES = {"transformer": transformer, "lstm": recurrent, "rnn": recurrent, "feedforward": feedforward}
 """The module of each `Model.family`, with functions of the same names and arguments as here."""
 
 

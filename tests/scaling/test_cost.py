@@ -20,6 +20,10 @@ MODELS = {
         num_layers=2, d_model=32, num_heads=2, head_dim=24, d_ff=56, mlp="gelu", positions="learned", qk_norm=False
     ),
     "post": Model(num_layers=2, d_model=32, norm_position="post", norm="layernorm", positions="sinusoidal"),
+    "lstm": Model(family="lstm", num_layers=3, d_model=24),
+    "rnn, untied": Model(family="rnn", num_layers=2, d_model=40, tie_embeddings=False, scan_layers=True),
+    "feedforward": Model(family="feedforward", d_model=24, d_ff=56, ngram_order=4),
+    "feedforward, direct": Model(family="feedforward", d_model=24, ngram_order=2, direct_connections=True),
 }
 every_model = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 CONTEXT = 16
