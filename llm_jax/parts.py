@@ -147,9 +147,15 @@ def _feedforward(model: Model, context: int) -> tuple[Part, ...]:
     return (*found, direct) if model.direct_connections else found
 
 
+def _ngram(model: Model, context: int) -> tuple[Part, ...]:
+    """None: its size is the number of counts, which the data decides, and it multiplies no matrices."""
+    return ()
+
+
 _FAMILIES: dict[str, Callable[[Model, int], tuple[Part, ...]]] = {
     "transformer": _transformer,
     "lstm": _recurrent,
     "rnn": _recurrent,
     "feedforward": _feedforward,
+    "ngram": _ngram,
 }
