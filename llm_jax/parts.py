@@ -91,6 +91,9 @@ def _transformer(model: Model, context: int) -> tuple[Part, ...]:
     found = [_embedding(model)]
     if model.positions == "learned":
         found.append(Part("positions", "positions", (model.max_context, width), width))
+    norm1, norm2 = (_norm(f"blocks/norm{i}", model, layers) for i in (1, 2))
+    pre = model.norm_position == "pre"
+    found += [norm1] if pre else []
     found += [
         _matrix(f"blocks/attention/{name}", width, (number, head), layers)
         for name, number in (("q", heads), ("k", kv_heads), ("v", kv_heads))
@@ -106,17 +109,12 @@ def _transformer(model: Model, context: int) -> tuple[Part, ...]:
         Part("blocks/attention/scores", "attention", square, heads * context, layers, stored=False),
         Part("blocks/attention/values", "attention", square, heads * head, layers, stored=False),
         Part("blocks/attention/out", "matrices", (heads, head, width), width, layers),
+        norm2 if pre else norm1,
         _matrix("blocks/mlp/up", width, (model.ff_width,), layers),
     ]
     if model.mlp == "swiglu":
         found.append(_matrix("blocks/mlp/gate", width, (model.ff_width,), layers))
-    found += [
-        _matrix("blocks/mlp/down", model.ff_width, (width,), layers),
-        _norm("blocks/norm1", model, layers),
-        _norm("blocks/norm2", model, layers),
-    ]
-    if model.norm_position == "pre":
-        found.append(_norm("norm", model))
+    found += [_matrix("blocks/mlp/down", model.ff_width, (width,), layers), _norm("norm", model) if pre else norm2]
     return (*found, _head(model))
 
 
