@@ -92,6 +92,7 @@ class Model:
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     """Not read by feedforward, which has none."""
     norm_position: Literal["pre", "post"] = "pre"
+    """Read by transformer alone; lstm and rnn are pre-norm."""
     positions: Literal["rotary", "learned", "sinusoidal"] = "rotary"
     rope_theta: float = 10_000.0
     max_context: int = 2048
@@ -101,7 +102,7 @@ class Model:
     qk_norm: bool = True
     """RMSNorm on queries and keys (Dehghani et al. 2023): keeps high learning rates stable."""
     logit_softcap: float | None = None
-    """logits = cap * tanh(logits / cap), as in Gemma 2."""
+    """logits = cap * tanh(logits / cap), as in Gemma 2. Read by transformer alone."""
     window: int | None = None
     """Sliding-window attention: positions a token sees, itself included."""
     ngram_order: int = 5
