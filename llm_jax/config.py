@@ -67,37 +67,50 @@ def _check_types(config: Any, path: str) -> None:
 
 @dataclass(frozen=True)
 class Model:
-    """A decoder-only Transformer."""
+    """A language model of one of several families. A field that a family does not read is said so; it changes nothing there."""
 
+    family: Literal["transformer", "lstm", "rnn", "feedforward", "ngram"] = "transformer"
+    """transformer is decoder-only; lstm and rnn are recurrent; feedforward is that of Bengio et al. 2003.
+    ngram is counted, not trained: of this class it reads vocab_size and ngram_order alone."""
     vocab_size: int = 256
     """Rows of the embedding. The tokenizer "bytes" needs 256."""
     num_layers: int = 4
+    """Not read by feedforward, which has one hidden layer."""
     d_model: int = 128
-    """Width of the residual stream."""
+    """Width of the residual stream; of the state in lstm and rnn; of an embedding in feedforward."""
     num_heads: int = 2
+    """This, and what follows on heads, positions, MLPs and windows, is read by transformer alone, but for d_ff."""
     num_kv_heads: int | None = None
     """Key/value heads: None for multi-head, fewer for grouped-query (Ainslie et al. 2023), 1 for multi-query attention."""
     head_dim: int | None = None
     """None: d_model / num_heads."""
     d_ff: int | None = None
-    """Hidden width of the MLP. None: 4 d_model, or 8/3 d_model rounded up to a multiple of 8 for swiglu, which has three matrices."""
+    """Hidden width of the MLP. None: 4 d_model, or 8/3 d_model rounded up to a multiple of 8 for swiglu, which has three matrices.
+    Of feedforward, its hidden layer."""
     mlp: Literal["gelu", "swiglu", "relu2"] = "relu2"
     """relu2 is the squared ReLU of Primer (So et al. 2021)."""
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    """Not read by feedforward, which has none."""
     norm_position: Literal["pre", "post"] = "pre"
+    """Read by transformer alone; lstm and rnn are pre-norm."""
     positions: Literal["rotary", "learned", "sinusoidal"] = "rotary"
     rope_theta: float = 10_000.0
     max_context: int = 2048
     """Rows of the table of learned positions; unused otherwise."""
     tie_embeddings: bool = True
+    """The head is the embedding, transposed. Not read by feedforward, whose head is as wide as its hidden layer."""
     qk_norm: bool = True
     """RMSNorm on queries and keys (Dehghani et al. 2023): keeps high learning rates stable."""
     logit_softcap: float | None = None
-    """logits = cap * tanh(logits / cap), as in Gemma 2."""
+    """logits = cap * tanh(logits / cap), as in Gemma 2. Read by transformer alone."""
     window: int | None = None
     """Sliding-window attention: positions a token sees, itself included."""
+    ngram_order: int = 5
+    """n: feedforward and ngram predict from the n - 1 tokens before. Not read by others."""
+    direct_connections: bool = False
+    """From the embeddings to the output, past the hidden layer. Read by feedforward alone."""
     dropout: float = 0.0
-    """On embeddings and on each block's output."""
+    """On embeddings and on each block's output; never on a recurrence."""
     scan_layers: bool = False
     """One compiled block scanned over the layers: compiles faster when deep, runs slower when small. Same parameters either way."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -111,6 +124,13 @@ class Model:
         ):
             value = getattr(self, name)
             _require(value is None or value > 0, f"model.{name} must be positive, got {value}")
+        _require(0 <= self.dropout < 1, f"model.dropout must lie in [0, 1), got {self.dropout}")
+        least = 2 if self.family == "feedforward" else 1
+        _require(self.ngram_order >= least, f"model.ngram_order must be at least {least}, got {self.ngram_order}")
+        if self.attends:
+            self._check_attention()
+
+    def _check_attention(self) -> None:
         if self.head_dim is None and self.d_model % self.num_heads:
             even = 2 if self.positions == "rotary" and self.d_model % 2 == 0 else 1
             divisors = [heads for heads in range(1, self.d_model + 1) if self.d_model % (even * heads) == 0]
@@ -134,7 +154,21 @@ class Model:
                 self.d_model % 2 == 0,
                 f"sinusoidal positions need an even model.d_model, got {self.d_model}; try {self.d_model + 1}",
             )
-        _require(0 <= self.dropout < 1, f"model.dropout must lie in [0, 1), got {self.dropout}")
+
+    @property
+    def attends(self) -> bool:
+        """Whether the family has attention, and so heads and positions."""
+        return self.family == "transformer"
+
+    @property
+    def counted(self) -> bool:
+        """Whether it is made by counting: no gradient, no FLOPs of training, and no size before the data is seen."""
+        return self.family == "ngram"
+
+    @property
+    def max_positions(self) -> int | None:
+        """Tokens of the longest row that the model can read; None where nothing bounds it."""
+        return self.max_context if self.attends and self.positions == "learned" else None
 
     @property
     def head_width(self) -> int:
@@ -148,30 +182,7 @@ class Model:
     def ff_width(self) -> int:
         if self.d_ff:
             return self.d_ff
-        return -(-8 * self.d_model // 3 // 8) * 8 if self.mlp == "swiglu" else 4 * self.d_model
-
-    @property
-    def num_params(self) -> int:
-        """All parameters; a tied embedding counts once."""
-        norms = 2 * self.num_layers + (self.norm_position == "pre")
-        head_norms = 2 * self.num_layers * self.head_width if self.qk_norm else 0
-        tables = self.max_context * self.d_model if self.positions == "learned" else 0
-        head = 0 if self.tie_embeddings else self.vocab_size * self.d_model
-        return (
-            self.num_params_matrices
-            + norms * self.d_model
-            + head_norms
-            + tables
-            + head
-            + self.vocab_size * self.d_model
-        )
-
-    @property
-    def num_params_matrices(self) -> int:
-        """The matrices of the blocks alone: N of Kaplan et al. 2020, without embeddings, head, positions and norms."""
-        attention = self.d_model * self.head_width * (2 * self.num_heads + 2 * self.kv_heads)
-        mlp = self.d_model * self.ff_width * (3 if self.mlp == "swiglu" else 2)
-        return self.num_layers * (attention + mlp)
+        return -(-8 * self.d_model // 3 // 8) * 8 if self.attends and self.mlp == "swiglu" else 4 * self.d_model
 
 
 @dataclass(frozen=True)
@@ -315,9 +326,9 @@ class Config:
                 self.model.vocab_size >= 256,
                 f"the tokenizer bytes needs model.vocab_size >= 256, got {self.model.vocab_size}",
             )
-        if self.model.positions == "learned":
+        if self.model.max_positions is not None:
             _require(
-                self.data.context <= self.model.max_context,
+                self.data.context <= self.model.max_positions,
                 f"data.context={self.data.context} exceeds the learned positions; model.max_context={self.model.max_context}",
             )
         if self.train.tokens_per_step != RULE:

@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass
 
 from llm_jax.config import RULE, BadInput, Config
+from llm_jax.parts import num_params
 
 TOKENS_PER_PARAM = 20
 """Hoffmann et al. 2022, Table 3: compute-optimal for their data; the default horizon where none is given."""
@@ -73,7 +74,12 @@ def warmup_steps(n_params: float, batch_tokens: float, num_steps: int) -> int:
 
 def resolve(cfg: Config) -> Config:
     """A copy in which every "rule" is a number, in order: horizon, batch, learning rate, warm-up."""
-    train, n = cfg.train, cfg.model.num_params
+    train, n = cfg.train, num_params(cfg.model)
+    if cfg.model.counted:
+        if train.tokens == RULE:
+            raise BadInput("model.family=ngram has no size before it is counted; give train.tokens a number")
+        # Read by nobody: one pass over the tokens.
+        train = dataclasses.replace(train, peak_lr=1.0, warmup_steps=0)
     tokens = TOKENS_PER_PARAM * n if train.tokens == RULE else int(train.tokens)
     batch = train.tokens_per_step
     if batch == RULE:

@@ -6,6 +6,7 @@ A multiplication and an addition are two FLOPs; the backward pass costs twice th
 from __future__ import annotations
 
 from llm_jax.config import Model
+from llm_jax.parts import flops, num_params, num_params_matrices, parts
 
 
 def flops_6nd(n_params: float, d_tokens: float) -> float:
@@ -13,28 +14,25 @@ def flops_6nd(n_params: float, d_tokens: float) -> float:
     return 6.0 * float(n_params) * float(d_tokens)
 
 
-def attention_flops_per_token(model: Model, context: int) -> int:
-    """Training FLOPs a token of the two products of attention with the full square of positions, as they are published
-    (Kaplan et al. 2020, Table 1; Hoffmann et al. 2022, Appendix F), though a causal kernel needs half."""
-    return 3 * 2 * 2 * model.num_layers * context * model.num_heads * model.head_width
-
-
 def flops_per_token(model: Model, context: int) -> dict[str, int]:
     """Training FLOPs a token by convention.
 
     `6N`: total N with a tied embedding once; `6N_matrices`: N of Kaplan et al., without embeddings or head; `with_attention`: that
-    and attention; `full`: every matrix product of the forward pass times three, the head included and the look-up of the embedding
-    not; `hoffmann`: Appendix F, which also counts the embedding as a product and the softmax.
+    and the two products of attention with the full square of positions (Kaplan et al. 2020, Table 1), though a causal kernel
+    needs half; `full`: every matrix product of the forward pass times three, the head included and the look-up of the embedding
+    not; `hoffmann`: Appendix F of Hoffmann et al. 2022, which also counts the embedding as a product and the softmax.
     """
-    attention = attention_flops_per_token(model, context)
-    head = 6 * model.vocab_size * model.d_model
-    softmax = 3 * 3 * model.num_layers * model.num_heads * context
+    counted = parts(model, context)
+    matrices = 6 * num_params_matrices(model)
+    products = 3 * flops(counted)
+    look_up = 6 * sum(part.params for part in counted if part.kind == "embedding")
+    softmax = 3 * 3 * sum(part.times * part.outputs for part in counted if part.name.endswith("/scores"))
     return {
-        "6N": 6 * model.num_params,
-        "6N_matrices": 6 * model.num_params_matrices,
-        "with_attention": 6 * model.num_params_matrices + attention,
-        "full": 6 * model.num_params_matrices + attention + head,
-        "hoffmann": 6 * model.num_params_matrices + attention + softmax + 2 * head,
+        "6N": 6 * num_params(model),
+        "6N_matrices": matrices,
+        "with_attention": matrices + 3 * flops(counted, "attention"),
+        "full": products,
+        "hoffmann": products + look_up + softmax,
     }
 
 
@@ -42,10 +40,10 @@ def counts(model: Model, context: int, d_tokens: int) -> dict[str, float]:
     """The columns of a ledger's row."""
     per_token = flops_per_token(model, context)
     return {
-        "N_params": model.num_params,
-        "N_non_embedding": model.num_params_matrices,
+        "N_params": num_params(model),
+        "N_non_embedding": num_params_matrices(model),
         "D_tokens": d_tokens,
-        "C_flops": flops_6nd(model.num_params, d_tokens),
+        "C_flops": flops_6nd(num_params(model), d_tokens),
         **{
             f"C_{name}": float(per_token[name]) * float(d_tokens)
             for name in ("6N_matrices", "with_attention", "full", "hoffmann")

@@ -17,6 +17,7 @@ from typing import Any
 from llm_jax import ladder
 from llm_jax.config import BadInput, Config, Data, Model, Train, did_you_mean, field_names, fingerprint, override
 from llm_jax.ladder import Ladder
+from llm_jax.parts import num_params
 from scaling import cost
 
 Point = Mapping[str, Any]
@@ -115,8 +116,12 @@ def trial(base: Config, rungs: Ladder, point: Point) -> Trial:
         overrides |= rungs.shape(float(value)) if name == "depth" else {} if name == "compute" else {name: value}
     config = override(base, overrides)
     if "compute" in point:
+        if config.model.counted:
+            raise BadInput(
+                "model.family=ngram has no size before it is counted, so that compute sets no D; give train.tokens"
+            )
         config = override(
-            config, {"train.tokens": max(1, round(float(point["compute"]) / (6 * config.model.num_params)))}
+            config, {"train.tokens": max(1, round(float(point["compute"]) / (6 * num_params(config.model))))}
         )
     return Trial(ladder.resolve(config), dict(point))
 

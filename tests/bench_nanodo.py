@@ -21,6 +21,7 @@ import optax
 
 from llm_jax.config import Model, Train
 from llm_jax.models import transformer
+from llm_jax.parts import num_params
 from llm_jax.training import pretrain
 from llm_jax.training.optimizer import adamw
 from llm_jax.training.step import init_state, make_train_call, make_train_step
@@ -43,7 +44,7 @@ def ours(layers: int, width: int, heads: int, tokens: np.ndarray):
         state, metrics = call(state, {"tokens": tokens}, rates, STEPS)
         return float(metrics["nll"][-1])
 
-    return round_, model.num_params
+    return round_, num_params(model)
 
 
 def nanodo(layers: int, width: int, heads: int, tokens: np.ndarray):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from llm_jax.config import BadInput, Config, Model
 from llm_jax.data.prepare import Prepared
-from llm_jax.models import transformer
+from llm_jax.models import families
 from llm_jax.training import loop
 
 
@@ -38,13 +38,13 @@ def generate(
 ) -> jax.Array:
     """`num_tokens` further ids of each row, int32: the prompt in one pass, then a token at a time."""
     rows, length = prompt_BxT.shape
-    cache = transformer.init_cache(model, rows, length + num_tokens)
-    logits_BxTxV, cache = transformer.apply(model, params, prompt_BxT, cache=cache)
+    cache = families.init_cache(model, rows, length + num_tokens)
+    logits_BxTxV, cache = families.apply(model, params, prompt_BxT, cache=cache)
 
     def one(carry, key):
         cache, logits_BxV = carry
         token_B = sample_token(logits_BxV, key, temperature, top_k)
-        logits_BxTxV, cache = transformer.apply(model, params, token_B[:, None], cache=cache)
+        logits_BxTxV, cache = families.apply(model, params, token_B[:, None], cache=cache)
         return (cache, logits_BxTxV[:, -1]), token_B
 
     keys = jax.random.split(key, num_tokens)
@@ -71,11 +71,10 @@ def continue_text(
         raise BadInput(f"--top_k must lie in [1, {cfg.model.vocab_size}], got {top_k}")
     tokenizer = prepared.tokenizer()
     ids = [tokenizer.bos, *tokenizer.encode([prompt])[0].tolist()]
-    if cfg.model.positions == "learned" and len(ids) + num_tokens > cfg.model.max_context:
-        room = max(1, cfg.model.max_context - len(ids))
-        raise BadInput(
-            f"the model has {cfg.model.max_context} positions and the prompt takes {len(ids)}: --tokens {room} fits"
-        )
+    positions = cfg.model.max_positions
+    if positions is not None and len(ids) + num_tokens > positions:
+        room = max(1, positions - len(ids))
+        raise BadInput(f"the model has {positions} positions and the prompt takes {len(ids)}: --tokens {room} fits")
     params = loop.load_params(cfg, folder)
     new = generate(
         cfg.model,

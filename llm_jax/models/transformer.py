@@ -8,7 +8,6 @@ of the two trained it.
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +16,7 @@ from flax import linen as nn
 
 from llm_jax.config import BadInput, Model
 from llm_jax.models.attention import attend
+from llm_jax.models.layers import Norm, normal, normal_out, project
 
 Params = Any
 
@@ -27,36 +27,6 @@ class Cache(NamedTuple):
     k_LxBxSxKxH: jax.Array
     v_LxBxSxKxH: jax.Array
     length: jax.Array
-
-
-def _init(axes: tuple[str, ...], fan_in: int) -> nn.initializers.Initializer:
-    """Normal of variance 1/fan_in."""
-    return nn.with_logical_partitioning(nn.initializers.normal(fan_in**-0.5), axes)
-
-
-def _init_out(axes: tuple[str, ...], fan_in: int, num_layers: int) -> nn.initializers.Initializer:
-    """Of the last matrix of a branch: variance 1 / (2 L fan_in), so that the 2 L branches add up to 1 (GPT-2).
-
-    Zeros, the other usual choice, cost 0.7 to 1.4 % of the loss here (12 seeds of 20 to 170 k parameters).
-    """
-    return _init(axes, 2 * num_layers * fan_in)
-
-
-class Norm(nn.Module):
-    """RMSNorm (Zhang and Sennrich 2019) or LayerNorm without bias, in float32."""
-
-    kind: str
-    axis: str = "embed"
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        ones = nn.with_logical_partitioning(nn.initializers.ones_init(), (self.axis,))
-        scale: Any = self.param("scale", ones, x.shape[-1:])
-        y = x.astype(jnp.float32)
-        if self.kind == "layernorm":
-            y = y - y.mean(-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + 1e-6)
-        return (y * jnp.broadcast_to(scale, y.shape)).astype(x.dtype)
 
 
 def rotation(positions_BxT: jax.Array, cfg: Model) -> tuple[jax.Array, jax.Array]:
@@ -81,17 +51,6 @@ def sinusoids(positions_BxT: jax.Array, width: int) -> jax.Array:
     return jnp.concatenate([jnp.sin(angle_BxTxD), jnp.cos(angle_BxTxD)], axis=-1)
 
 
-def project(x: jax.Array, kernel: jax.Array, num_in: int = 1) -> jax.Array:
-    """The last `num_in` dimensions of x against the first of the kernel: x[..., in] kernel[in, out] -> [..., out].
-
-    As one product of two matrices: with more dimensions XLA's CPU compiler copies activations into another order to form the
-    gradient of the kernel, which took a quarter of a step.
-    """
-    width = math.prod(kernel.shape[:num_in])
-    flat = x.reshape(-1, width) @ kernel.reshape(width, -1).astype(x.dtype)
-    return flat.reshape(*x.shape[: x.ndim - num_in], *kernel.shape[num_in:])
-
-
 class Attention(nn.Module):
     """Grouped-query attention (Ainslie et al. 2023); multi-head when K == N, multi-query when K == 1."""
 
@@ -101,11 +60,11 @@ class Attention(nn.Module):
     def __call__(self, x_BxTxD, angles, segment_BxT, cache, length):
         cfg = self.cfg
         heads, kv_heads, width = cfg.num_heads, cfg.kv_heads, cfg.head_width
-        q_DxNxH = self.param("q", _init(("embed", "heads", "head"), cfg.d_model), (cfg.d_model, heads, width))
-        k_DxKxH = self.param("k", _init(("embed", "kv", "head"), cfg.d_model), (cfg.d_model, kv_heads, width))
-        v_DxKxH = self.param("v", _init(("embed", "kv", "head"), cfg.d_model), (cfg.d_model, kv_heads, width))
+        q_DxNxH = self.param("q", normal(("embed", "heads", "head"), cfg.d_model), (cfg.d_model, heads, width))
+        k_DxKxH = self.param("k", normal(("embed", "kv", "head"), cfg.d_model), (cfg.d_model, kv_heads, width))
+        v_DxKxH = self.param("v", normal(("embed", "kv", "head"), cfg.d_model), (cfg.d_model, kv_heads, width))
         out_NxHxD = self.param(
-            "out", _init_out(("heads", "head", "embed"), heads * width, cfg.num_layers), (heads, width, cfg.d_model)
+            "out", normal_out(("heads", "head", "embed"), heads * width, cfg.num_layers), (heads, width, cfg.d_model)
         )
         q_BxTxNxH, k_BxTxKxH, v_BxTxKxH = (project(x_BxTxD, kernel) for kernel in (q_DxNxH, k_DxKxH, v_DxKxH))
         if cfg.qk_norm:
@@ -136,13 +95,13 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
         cfg = self.cfg
-        up_DxF = self.param("up", _init(("embed", "mlp"), cfg.d_model), (cfg.d_model, cfg.ff_width))
+        up_DxF = self.param("up", normal(("embed", "mlp"), cfg.d_model), (cfg.d_model, cfg.ff_width))
         down_FxD = self.param(
-            "down", _init_out(("mlp", "embed"), cfg.ff_width, cfg.num_layers), (cfg.ff_width, cfg.d_model)
+            "down", normal_out(("mlp", "embed"), cfg.ff_width, cfg.num_layers), (cfg.ff_width, cfg.d_model)
         )
         h_BxTxF = project(x_BxTxD, up_DxF)
         if cfg.mlp == "swiglu":
-            gate_DxF = self.param("gate", _init(("embed", "mlp"), cfg.d_model), (cfg.d_model, cfg.ff_width))
+            gate_DxF = self.param("gate", normal(("embed", "mlp"), cfg.d_model), (cfg.d_model, cfg.ff_width))
             h_BxTxF = jax.nn.silu(project(x_BxTxD, gate_DxF)) * h_BxTxF
         else:
             h_BxTxF = jax.nn.gelu(h_BxTxF) if cfg.mlp == "gelu" else jnp.square(jax.nn.relu(h_BxTxF))
@@ -181,7 +140,7 @@ class Transformer(nn.Module):
     @nn.compact
     def __call__(self, tokens_BxT: jax.Array, segment_BxT: jax.Array | None = None, cache: Cache | None = None):
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
-        embed_VxD = self.param("embed", _init(("vocab", "embed"), cfg.d_model), (cfg.vocab_size, cfg.d_model))
+        embed_VxD = self.param("embed", normal(("vocab", "embed"), cfg.d_model), (cfg.vocab_size, cfg.d_model))
         length = cache.length if cache is not None else jnp.int32(0)
         positions_BxT = _positions(tokens_BxT, segment_BxT, length)
         angles = rotation(positions_BxT, cfg) if cfg.positions == "rotary" else None
@@ -189,7 +148,7 @@ class Transformer(nn.Module):
         x_BxTxD = embed_VxD.astype(dtype)[tokens_BxT] * dtype.type(cfg.d_model**0.5)
         if cfg.positions == "learned":
             shape = (cfg.max_context, cfg.d_model)
-            table_TxD = self.param("positions", _init(("positions", "embed"), cfg.d_model), shape)
+            table_TxD = self.param("positions", normal(("positions", "embed"), cfg.d_model), shape)
             x_BxTxD += table_TxD.astype(dtype)[positions_BxT] * dtype.type(cfg.d_model**0.5)
         elif cfg.positions == "sinusoidal":
             x_BxTxD += sinusoids(positions_BxT, cfg.d_model).astype(dtype)
@@ -211,7 +170,7 @@ class Transformer(nn.Module):
             # The barrier keeps the gradient's product DxV: turned round by XLA's CPU compiler it costs 10 % of a small step.
             head_DxV = jax.lax.optimization_barrier(embed_VxD.T)
         else:
-            head_DxV = self.param("head", _init(("embed", "vocab"), cfg.d_model), (cfg.d_model, cfg.vocab_size))
+            head_DxV = self.param("head", normal(("embed", "vocab"), cfg.d_model), (cfg.d_model, cfg.vocab_size))
         logits_BxTxV = project(x_BxTxD, head_DxV).astype(jnp.float32)
         if cfg.logit_softcap:
             logits_BxTxV = cfg.logit_softcap * jnp.tanh(logits_BxTxV / cfg.logit_softcap)

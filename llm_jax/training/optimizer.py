@@ -48,5 +48,5 @@ def adamw(cfg: Train) -> optax.GradientTransformation:
 
 
 def _is_matrix(params: Any) -> Any:
-    # By name: scales of norms are stacked over layers and so have two dimensions as well.
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "scale", params)
+    # By name: scales of norms and biases are stacked over layers and so have two dimensions as well.
+    return jax.tree_util.tree_map_with_path(lambda path, _: not path[-1].key.endswith(("scale", "bias")), params)

@@ -11,7 +11,7 @@ import numpy as np
 
 from llm_jax.config import Model
 from llm_jax.data.pipeline import EvalSet, segments
-from llm_jax.models import transformer
+from llm_jax.models import families, ngram
 from llm_jax.training.losses import cross_entropy, token_nll
 from llm_jax.training.step import LossFn
 
@@ -30,7 +30,7 @@ def loss_fn(model: Model, z_loss: float) -> LossFn:
 
     def loss(params: Any, batch: dict[str, jax.Array], key: jax.Array):
         inputs_BxT, targets_BxT = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
-        logits_BxTxV = transformer.apply(
+        logits_BxTxV = families.apply(
             model, params, inputs_BxT, batch.get("segments"), dropout_key=key if model.dropout else None
         )
         return cross_entropy(logits_BxTxV, targets_BxT, jnp.ones(targets_BxT.shape, jnp.float32), z_loss)
@@ -51,7 +51,7 @@ def _compiled_nll(model: Model):
     @jax.jit
     def nll(params: Any, batches: dict[str, jax.Array]) -> jax.Array:
         def rows(batch):
-            logits_BxTxV = transformer.apply(model, params, batch["tokens"][:, :-1], batch.get("segments"))
+            logits_BxTxV = families.apply(model, params, batch["tokens"][:, :-1], batch.get("segments"))
             return token_nll(logits_BxTxV, batch["tokens"][:, 1:])[0].sum(-1)
 
         return jax.lax.map(rows, batches)
@@ -68,10 +68,14 @@ def evaluate(
     tokens of one document share its difficulty, and treated as independent they would claim too much.
     """
     rows, width = held_out.tokens_BxT.shape
-    padded = np.zeros((-(-rows // EVAL_ROWS) * EVAL_ROWS, width), np.int32)
-    padded[:rows] = held_out.tokens_BxT
-    batches = make_batch(padded.reshape(-1, EVAL_ROWS, width), bos, document_mask)
-    nll_B = np.asarray(_compiled_nll(model)(params, batches), np.float64).reshape(-1)[:rows]
+    if model.counted:
+        batch = make_batch(held_out.tokens_BxT, bos, document_mask)
+        nll_B = -ngram.token_log_probs(params, batch["tokens"], batch.get("segments")).sum(-1)
+    else:
+        padded = np.zeros((-(-rows // EVAL_ROWS) * EVAL_ROWS, width), np.int32)
+        padded[:rows] = held_out.tokens_BxT
+        batches = make_batch(padded.reshape(-1, EVAL_ROWS, width), bos, document_mask)
+        nll_B = np.asarray(_compiled_nll(model)(params, batches), np.float64).reshape(-1)[:rows]
     tokens_B = np.full(rows, width - 1)
     loss = nll_B.sum() / tokens_B.sum()
     _, cluster_B = np.unique(held_out.document_B, return_inverse=True)

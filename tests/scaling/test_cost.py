@@ -1,54 +1,88 @@
 """Counts against the real parameter tree, and FLOPs against what XLA is asked to multiply."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from llm_jax import parts
 from llm_jax.config import Model
-from llm_jax.models import transformer
+from llm_jax.models import families
 from scaling import cost
 
-MODELS = [
-    Model(num_layers=3, d_model=48, num_heads=4),
-    Model(num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, mlp="swiglu", tie_embeddings=False),
-    Model(num_layers=2, d_model=32, num_heads=2, head_dim=24, d_ff=56, mlp="gelu", positions="learned", qk_norm=False),
-]
+MODELS = {
+    "default": Model(num_layers=3, d_model=48, num_heads=4),
+    "scanned": Model(num_layers=3, d_model=48, num_heads=4, scan_layers=True),
+    "llama": Model(num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, mlp="swiglu", tie_embeddings=False),
+    "gpt2": Model(
+        num_layers=2, d_model=32, num_heads=2, head_dim=24, d_ff=56, mlp="gelu", positions="learned", qk_norm=False
+    ),
+    "post": Model(num_layers=2, d_model=32, norm_position="post", norm="layernorm", positions="sinusoidal"),
+    "lstm": Model(family="lstm", num_layers=3, d_model=24),
+    "rnn, untied": Model(family="rnn", num_layers=2, d_model=40, tie_embeddings=False, scan_layers=True),
+    "feedforward": Model(family="feedforward", d_model=24, d_ff=56, ngram_order=4),
+    "feedforward, direct": Model(family="feedforward", d_model=24, ngram_order=2, direct_connections=True),
+}
+every_model = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+CONTEXT = 16
 
 
-def product_flops(jaxpr) -> int:
-    """2 x multiplications of every matrix product of a jaxpr, those of loops and calls included."""
-    total = 0
+def products(jaxpr, times=1):
+    """(FLOPs, numbers of the result) of every matrix product of a jaxpr, those of loops and calls as often as they run."""
     for eqn in jaxpr.eqns:
-        times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
+        runs = times * (eqn.params["length"] if eqn.primitive.name == "scan" else 1)
         for value in eqn.params.values():
             for inner in value if isinstance(value, tuple | list) else [value]:
                 inner = getattr(inner, "jaxpr", inner)
                 if hasattr(inner, "eqns"):
-                    total += times * product_flops(inner)
+                    yield from products(inner, runs)
         if eqn.primitive.name == "dot_general":
-            contract, _ = eqn.params["dimension_numbers"]
-            left = eqn.invars[0].aval.shape
-            size = 2 * eqn.outvars[0].aval.size
-            for axis in contract[0]:
-                size *= left[axis]
-            total += size
-    return total
+            (contract, _), _ = eqn.params["dimension_numbers"]
+            left, result = eqn.invars[0].aval.shape, eqn.outvars[0].aval.size
+            yield times * 2 * result * math.prod(left[axis] for axis in contract), times * result
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("scan", [False, True])
-def test_the_full_count_is_that_of_the_program(model, scan):
-    """Every matrix product of the forward pass, times three for training, and nothing left out or counted twice."""
-    import dataclasses
+def program(function, model):
+    """The jaxpr of function(params, tokens_1xT) at the model's shapes."""
+    params = jax.eval_shape(functools.partial(families.init, model), jax.random.key(0))
+    return jax.make_jaxpr(function)(params, jax.ShapeDtypeStruct((1, CONTEXT), jnp.int32)).jaxpr
 
-    model = dataclasses.replace(model, scan_layers=scan)
-    context = 16
-    params = jax.eval_shape(functools.partial(transformer.init, model), jax.random.key(0))
-    tokens = jax.ShapeDtypeStruct((1, context), jnp.int32)
-    jaxpr = jax.make_jaxpr(functools.partial(transformer.apply, model))(params, tokens)
-    assert 3 * product_flops(jaxpr.jaxpr) == context * cost.flops_per_token(model, context)["full"]
+
+@every_model
+def test_the_full_count_is_that_of_the_program(model):
+    """Every matrix product of the forward pass, and nothing left out or counted twice; the same for what the products put out."""
+    found = list(products(program(functools.partial(families.apply, model), model)))
+    counted = parts.parts(model, CONTEXT)
+    assert sum(flops for flops, _ in found) == CONTEXT * parts.flops(counted)
+    put_out = sum(part.times * part.outputs for part in counted if part.flops)
+    assert sum(result for _, result in found) == CONTEXT * put_out
+
+
+@every_model
+def test_training_costs_three_forward_passes(model):
+    """The factor in 6 N D: the backward pass multiplies twice as much, for the gradient of each input and of each array."""
+
+    def loss(params, tokens_BxT):
+        return families.apply(model, params, tokens_BxT).sum()
+
+    found = sum(flops for flops, _ in products(program(jax.grad(loss), model)))
+    assert found == CONTEXT * cost.flops_per_token(model, CONTEXT)["full"]
+
+
+@every_model
+def test_parts_are_the_tree_of_parameters(model):
+    """By name and shape, so that a table of parts shows the model that trains, and N is its number of parameters."""
+    shapes = jax.eval_shape(functools.partial(families.init, model), jax.random.key(0))
+    tree = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
+        for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)
+    }
+    stored = [part for part in parts.parts(model, CONTEXT) if part.stored]
+    layers = {part.name: (part.times,) if part.name.startswith("blocks/") else () for part in stored}
+    assert tree == {part.name: layers[part.name] + part.shape for part in stored}
+    assert parts.num_params(model) == sum(math.prod(shape) for shape in tree.values())
 
 
 def test_the_published_counts_of_gpt2_small():
@@ -63,8 +97,8 @@ def test_the_published_counts_of_gpt2_small():
         max_context=1024,
         qk_norm=False,
     )
-    assert gpt2.num_params_matrices == 84_934_656
-    assert gpt2.num_params == 124_337_664  # the published 124,439,808 less 102,144 biases
+    assert parts.num_params_matrices(gpt2) == 84_934_656
+    assert parts.num_params(gpt2) == 124_337_664  # the published 124,439,808 less 102,144 biases
     per_token = cost.flops_per_token(gpt2, 1024)
     assert per_token["with_attention"] == 6 * 84_934_656 + 3 * 2 * 2 * 12 * 1024 * 768
 

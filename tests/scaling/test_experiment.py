@@ -5,6 +5,7 @@ import pytest
 from llm_jax import ladder
 from llm_jax.config import BadInput, Config, Data, Model, Train, override
 from llm_jax.ladder import Ladder
+from llm_jax.parts import num_params
 from scaling import experiment
 from scaling.experiment import Experiment, axis, chain, isoflop, product, zipped
 
@@ -42,7 +43,7 @@ def test_the_ladder_keeps_its_aspect():
         assert shape["model.d_model"] == 32 * depth
         assert shape["model.num_layers"] == depth
         assert shape["model.d_model"] % shape["model.num_heads"] == 0
-    sizes = [override(Config(), rungs.shape(depth / 2)).model.num_params for depth in range(2, 20)]
+    sizes = [num_params(override(Config(), rungs.shape(depth / 2)).model) for depth in range(2, 20)]
     assert sizes == sorted(set(sizes)), "each half rung is larger than the one below"
     with pytest.raises(BadInput, match="depth"):
         rungs.shape(0)
@@ -60,7 +61,7 @@ def test_rules_follow_n_and_d():
     assert (resolved.train.tokens_per_step, resolved.train.peak_lr, resolved.train.warmup_steps) == (1024, 1e-3, 7)
     assert abs(resolved.train.tokens - 1_000_000) <= 512
     chinchilla = ladder.resolve(Config())
-    assert chinchilla.train.tokens == pytest.approx(20 * chinchilla.model.num_params, rel=0.01)
+    assert chinchilla.train.tokens == pytest.approx(20 * num_params(chinchilla.model), rel=0.01)
 
 
 def test_trials_without_repetition_and_with_overrides():

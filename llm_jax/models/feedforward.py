@@ -1,0 +1,101 @@
+"""The feed-forward language model of Bengio et al. 2003, section 2: the embeddings of the last n - 1 tokens side by side, one hidden
+layer of tanh, and direct connections from the embeddings to the output where asked for.
+
+    y = b + W x + U tanh(d + H x),   x = (C(w_{t-1}), ..., C(w_{t-n+1}))
+
+Dimension letters beside those of config.py: O the tokens that it sees, `ngram_order` - 1.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from llm_jax.config import BadInput, Model
+from llm_jax.models.layers import normal, project
+
+Params = Any
+NOTHING = -1
+"""In place of a token before the start of the row or document. Its embedding is zero."""
+
+
+class Cache(NamedTuple):
+    """The last n - 2 tokens read: with the next one they are all that the model sees."""
+
+    tokens_Bx_: jax.Array
+
+
+class FeedForward(nn.Module):
+    """The whole model as a linen module."""
+
+    cfg: Model
+    train: bool = False
+
+    @nn.compact
+    def __call__(self, tokens_BxT: jax.Array, segment_BxT: jax.Array | None, cache: Cache | None):
+        cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
+        seen, length, hidden = cfg.ngram_order - 1, tokens_BxT.shape[1], (cfg.ff_width,)
+        embed_VxD: Any = self.param("embed", normal(("vocab", "embed"), cfg.d_model), (cfg.vocab_size, cfg.d_model))
+        zeros = nn.initializers.zeros_init()
+        hidden_OxDxF = self.param(
+            "hidden", normal(("context", "embed", "mlp"), seen * cfg.d_model), (seen, cfg.d_model, *hidden)
+        )
+        bias_F: Any = self.param("bias", nn.with_logical_partitioning(zeros, ("mlp",)), hidden)
+        head_FxV = self.param("head", normal(("mlp", "vocab"), cfg.ff_width), (*hidden, cfg.vocab_size))
+        bias_V: Any = self.param("head_bias", nn.with_logical_partitioning(zeros, ("vocab",)), (cfg.vocab_size,))
+
+        before = cache or init_cache(cfg, tokens_BxT.shape[0], length)
+        all_Bx_ = jnp.concatenate([before.tokens_Bx_, tokens_BxT], axis=1)
+        context_BxTxO = jnp.stack([all_Bx_[:, k : k + length] for k in reversed(range(seen))], axis=2)
+        if segment_BxT is not None:
+            padded_Bx_ = jnp.pad(segment_BxT, ((0, 0), (seen - 1, 0)), mode="edge")
+            segment_BxTxO = jnp.stack([padded_Bx_[:, k : k + length] for k in reversed(range(seen))], axis=2)
+            context_BxTxO = jnp.where(segment_BxTxO == segment_BxT[:, :, None], context_BxTxO, NOTHING)
+        x_BxTxOxD = embed_VxD.astype(dtype)[context_BxTxO] * dtype.type(cfg.d_model**0.5)
+        x_BxTxOxD = jnp.where((context_BxTxO != NOTHING)[..., None], x_BxTxOxD, dtype.type(0))
+        dropout = nn.Dropout(cfg.dropout, deterministic=not self.train)
+        x_BxTxOxD = dropout(x_BxTxOxD)
+        h_BxTxF = dropout(jnp.tanh(project(x_BxTxOxD, hidden_OxDxF, 2) + bias_F.astype(dtype)[None, None]))
+        logits_BxTxV = project(h_BxTxF, head_FxV)
+        if cfg.direct_connections:
+            direct = normal(("context", "embed", "vocab"), seen * cfg.d_model)
+            logits_BxTxV += project(x_BxTxOxD, self.param("direct", direct, (seen, cfg.d_model, cfg.vocab_size)), 2)
+        logits_BxTxV = logits_BxTxV.astype(jnp.float32) + bias_V[None, None]
+        return logits_BxTxV if cache is None else (logits_BxTxV, Cache(all_Bx_[:, length:]))
+
+
+def init(cfg: Model, key: jax.Array) -> Params:
+    """See llm_jax.models.families; so the others."""
+    return nn.meta.unbox(_boxed(cfg, key))
+
+
+def _boxed(cfg: Model, key: jax.Array) -> Params:
+    return FeedForward(cfg).init(key, jnp.zeros((1, 2), jnp.int32), None, None)["params"]
+
+
+@functools.lru_cache
+def logical_axes(cfg: Model) -> Params:
+    return nn.get_partition_spec(jax.eval_shape(functools.partial(_boxed, cfg), jax.random.key(0)))
+
+
+def apply(
+    cfg: Model,
+    params: Params,
+    tokens_BxT: jax.Array,
+    segment_BxT: jax.Array | None = None,
+    cache: Cache | None = None,
+    dropout_key: jax.Array | None = None,
+):
+    if cache is not None and segment_BxT is not None:
+        raise BadInput("a cache holds rows of one document each: no segments with it")
+    module = FeedForward(cfg, train=dropout_key is not None)
+    rngs = {"dropout": dropout_key} if dropout_key is not None else {}
+    return module.apply({"params": params}, tokens_BxT, segment_BxT, cache, rngs=rngs)
+
+
+def init_cache(cfg: Model, batch: int, length: int) -> Cache:
+    return Cache(jnp.full((batch, cfg.ngram_order - 2), NOTHING, jnp.int32))

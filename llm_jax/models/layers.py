@@ -1,0 +1,51 @@
+"""What the families of models share: initial values with logical axis names, norms, and the product with an array."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+
+def normal(axes: tuple[str, ...], fan_in: int) -> nn.initializers.Initializer:
+    """Normal of variance 1/fan_in."""
+    return nn.with_logical_partitioning(nn.initializers.normal(fan_in**-0.5), axes)
+
+
+def normal_out(axes: tuple[str, ...], fan_in: int, num_layers: int) -> nn.initializers.Initializer:
+    """Of the last matrix of a branch: variance 1 / (2 L fan_in), so that the 2 L branches add up to 1 (GPT-2).
+
+    Zeros, the other usual choice, cost 0.7 to 1.4 % of the loss here (12 seeds of 20 to 170 k parameters).
+    """
+    return normal(axes, 2 * num_layers * fan_in)
+
+
+class Norm(nn.Module):
+    """RMSNorm (Zhang and Sennrich 2019) or LayerNorm without bias, in float32."""
+
+    kind: str
+    axis: str = "embed"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        ones = nn.with_logical_partitioning(nn.initializers.ones_init(), (self.axis,))
+        scale: Any = self.param("scale", ones, x.shape[-1:])
+        y = x.astype(jnp.float32)
+        if self.kind == "layernorm":
+            y = y - y.mean(-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + 1e-6)
+        return (y * jnp.broadcast_to(scale, y.shape)).astype(x.dtype)
+
+
+def project(x: jax.Array, kernel: jax.Array, num_in: int = 1) -> jax.Array:
+    """The last `num_in` dimensions of x against the first of the kernel: x[..., in] kernel[in, out] -> [..., out].
+
+    As one product of two matrices: with more dimensions XLA's CPU compiler copies activations into another order to form the
+    gradient of the kernel, which took a quarter of a step.
+    """
+    width = math.prod(kernel.shape[:num_in])
+    flat = x.reshape(-1, width) @ kernel.reshape(width, -1).astype(x.dtype)
+    return flat.reshape(*x.shape[: x.ndim - num_in], *kernel.shape[num_in:])
