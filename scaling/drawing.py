@@ -79,8 +79,10 @@ class Plot:
 
 
 def eng(value: float) -> str:
-    """4254208 -> "4.25M": three digits and a suffix; B is 1e9 and T is 1e12, as the field writes them."""
+    """4254208 -> "4.25M": three digits and a suffix; B is 1e9 and T is 1e12, as the field writes them; 1e15 and more as they are."""
     rounded = float(f"{value:.3g}")
+    if abs(rounded) >= 1e15:
+        return f"{rounded:.3g}"
     for size, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(rounded) >= size:
             shown = rounded / size

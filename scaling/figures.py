@@ -63,7 +63,8 @@ def predictor(fit: Row | None) -> Predict | None:
 
     def predict(n: Any, d: Any) -> np.ndarray:
         values = letters | {"N": np.asarray(n, np.float64), "D": np.asarray(d, np.float64)}
-        return expressions.number(tree, values.__getitem__, origin)
+        found = expressions.number(tree, values.__getitem__, origin)
+        return np.broadcast_to(found, np.broadcast_shapes(np.shape(n), np.shape(d)))  # a law need not read both
 
     return predict
 

@@ -41,6 +41,8 @@ from scaling.tables import Table
 
 DEGREES = ((2, 3), (2, 3, 4, 5))
 """Of the Legendre polynomials along an axis, in one test each: few of them see a wide bend, more of them a narrow one."""
+SIZES = ("N_params", "D_tokens", "C_flops", "D_unique")
+RULED = 0.1  # of its variance: what a power law of N and D may leave of a setting that follows them
 UNREAD = ((1, 2), (1, 2, 3))
 """The same along a column that the law does not read."""
 TURNS = ((3,), (3, 4))
@@ -127,7 +129,8 @@ def lack_of_fit(result: Fit, table: Table, cluster: str = "") -> Misfit | None:
 def axes(law: Law, table: Table) -> dict[str, tuple[bool, np.ndarray]]:
     """{name: (whether the law reads it, its log_R)}: columns, products and ratios of those the law reads, other columns.
 
-    Others are those that any law for the same target reads, where every row has a number.
+    Others are those that any law for the same target reads, where every row has a number; without settings that follow N and
+    D by a rule, as learning rate and batch do in a sweep: what bends along N or D would be blamed on them.
     """
     read = [name for name in law.columns if (table.column(name) > 0).all()]
     log = {name: np.log(table.column(name)) for name in read}
@@ -141,11 +144,21 @@ def axes(law: Law, table: Table) -> dict[str, tuple[bool, np.ndarray]]:
     unread = {}
     for name in sorted(known & set(table.columns) - set(law.columns)):
         values = table.column(name)
-        if values.dtype.kind == "f" and (np.isfinite(values) & (values > 0)).all():
+        if values.dtype.kind == "f" and (np.isfinite(values) & (values > 0)).all() and not _ruled(table, name):
             unread[name] = np.log(values)
     return {name: (True, values) for name, values in found.items()} | {
         name: (False, values) for name, values in unread.items()
     }
+
+
+def _ruled(table: Table, name: str) -> bool:
+    """Whether a column is all but a power law of N and D."""
+    if name in SIZES or not {"N_params", "D_tokens"} <= set(table.columns):
+        return False
+    design = np.stack([np.ones(len(table)), *(np.log(table.column(size)) for size in ("N_params", "D_tokens"))], 1)
+    log_R = np.log(table.column(name))
+    left_R = log_R - design @ np.linalg.lstsq(design, log_R, rcond=None)[0]
+    return bool(left_R.var() < RULED * log_R.var())
 
 
 def along_axes(

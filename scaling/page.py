@@ -30,9 +30,11 @@ def count(value: Any) -> str:
 
 
 def interval(ends: Any, text: Callable[[Any], str] = number, none: str = "–") -> str:
-    """[low, high] as `text` writes numbers; `none` where there is no interval."""
+    """[low, high] as `text` writes numbers, with a sign of infinity for an end that is None; `none` where both are."""
     low, high = ends or (None, None)
-    return none if low is None or high is None else f"[{text(low)}, {text(high)}]"
+    if low is None and high is None:
+        return none
+    return f"[{'−∞' if low is None else text(low)}, {'∞' if high is None else text(high)}]"
 
 
 def loss_text(value: Any) -> str:

@@ -4,6 +4,7 @@ import re
 
 import numpy as np
 import pytest
+import simulated
 from simulated import CHINCHILLA
 
 from llm_jax.config import BadInput
@@ -251,3 +252,17 @@ def test_published_tables(shared_data):
     gadre = tables.read(shared_data("scaling/gadre_overtraining.csv")).where('dataset == "c4_original"')
     assert "along D_tokens / N_params" in misfit.warning(fit(CHINCHILLA, gadre), gadre)
     assert misfit.warning(fit(laws.COUPLED, gadre), gadre) is None
+
+
+def test_settings_that_follow_by_rule_are_not_blamed():
+    """A sweep's batch and learning rate are functions of N and D: the bend is along those, and a researcher would look elsewhere."""
+    table = simulated.runs(noise=0.003, budgets=(1e11, 3e11, 1e12, 3e12))
+    n, d = table.column("N_params"), table.column("D_tokens")
+    batch = 128 * np.round(d**0.5 / 128 + 1)
+    ruled = Table({**table.columns, "tokens_per_step": batch, "peak_lr": 0.01 * n**-0.3 * d**-0.2})
+    result = fit(laws.by_name("kaplan-n"), ruled)
+    assert set(misfit.axes(result.law, ruled)) == {"N_params", "C_flops", "D_tokens"}
+    assert "D_tokens" in misfit.warning(result, ruled) or "C_flops" in misfit.warning(result, ruled)
+    tried = np.random.default_rng(0).permutation(np.tile([0.001, 0.01, 0.003, 0.03], 5))
+    free = Table({**ruled.columns, "peak_lr": tried})
+    assert "peak_lr" in misfit.axes(result.law, free)
