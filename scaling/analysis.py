@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from llm_jax import files
 from llm_jax.config import BadInput, did_you_mean
 from scaling import checks, conventions, frontier, isoflop, laws, ledger, misfit, tables, uncertainty
 from scaling import fit as fitting
@@ -299,30 +298,19 @@ def _procedure(table: Table, procedure: Procedure, objective: str, methods: Sequ
     )
 
 
-def fit_table(
-    path: Path,
-    law: str,
-    objective: str = "",
-    where: str = "",
-    ci: str = "all",
-    hold: Sequence[str] = (),
-    cluster: str = "",
-) -> Analysis:
-    """`llm-jax fit`: of a run directory or a CSV. In a run directory the answer is kept as fit.json.
-
-    `hold` are texts NAME=VALUE.
-    """
+def read_table(path: Path, where: str = "") -> Table:
+    """The rows of a run directory or a CSV for which `where` holds. BadInput where there are none."""
     if path.is_dir():
         ledger.describe(path)
         if not (path / "table.csv").exists():
             raise BadInput(f"{path} has no finished trial; see llm-jax status {path}")
     table = tables.read(path)
-    if where:
-        table = table.where(where)
-    found = analyse(table, law, objective, ci, dict(map(_held, hold)), cluster)
-    if path.is_dir() and not where:
-        files.write_json(path / "fit.json", finite(found.to_dict()))
-    return found
+    return table.where(where) if where else table
+
+
+def held(words: Sequence[str]) -> dict[str, float]:
+    """{NAME: VALUE} of texts NAME=VALUE."""
+    return dict(map(_held, words))
 
 
 def _held(text: str) -> tuple[str, float]:

@@ -135,17 +135,25 @@ def status(options: StatusOptions) -> None:
 
 
 def fit(options: FitOptions) -> None:
-    """Fits a law to a table and prints what was found."""
-    from scaling import analysis
+    """Fits a law to a table and prints what was found. In a run directory the answer is kept as fit.json."""
+    from llm_jax import files
+    from scaling import analysis, tables
 
     if options.list:
         print(analysis.listing())
         return
     if options.table is None:
         raise BadInput("fit needs a RUN or a TABLE.csv; see llm-jax fit --help")
-    found = analysis.fit_table(
-        options.table, options.law, options.objective, options.where, options.ci, options.hold, options.cluster
-    )
+    table, hold = analysis.read_table(options.table, options.where), analysis.held(options.hold)
+    if options.by:
+        from scaling import compare
+
+        groups = compare.by_column(table, options.by, options.law, options.objective, options.ci, hold, options.cluster)
+        print(groups.to_json() if options.json else groups.summary())
+        return
+    found = analysis.analyse(table, options.law, options.objective, options.ci, hold, options.cluster)
+    if options.table.is_dir() and not options.where:
+        files.write_json(options.table / "fit.json", tables.finite(found.to_dict()))
     print(found.to_json(options.conventions) if options.json else found.summary(options.conventions))
 
 

@@ -8,23 +8,31 @@ from typing import Any
 
 from llm_jax import files
 from llm_jax.config import BadInput
-from scaling import forecast, frontier, intervals, ledger, profile, report, tables
+from scaling import compare, forecast, frontier, intervals, ledger, profile, report, tables
 from scaling.analysis import Analysis, analyse
+from scaling.compare import Comparison
 from scaling.report import Content
 from scaling.tables import finite
+
+GROUPS = "family"
+"""The column of a run whose values are fitted and drawn side by side."""
 
 
 def write_report(folder: Path) -> tuple[Path, str]:
     """RUN/report.html with its figures; returns its path and the summary for the terminal."""
     described = ledger.describe(folder)
     rows = ledger.rows(folder)
-    found, problems = None, []
+    found, groups, problems = None, None, []
     failed = [row for row in rows if row["status"] == "failed"]
     if failed:
         problems.append(f"{len(failed)} of {len(rows)} trials failed: {failed[0]['id']}, {failed[0]['reason']}")
     if (folder / "table.csv").exists():
+        table = tables.read(folder)
         try:
-            found = analyse(tables.read(folder), described["law"])
+            if len(set(table.columns.get(GROUPS, []))) > 1:
+                groups = compare.by_column(table, GROUPS, described["law"])
+            else:
+                found = analyse(table, described["law"])
         except BadInput as error:
             problems.append(f"no law was fitted: {error}")
     known = {
@@ -39,13 +47,15 @@ def write_report(folder: Path) -> tuple[Path, str]:
         forecast=known["forecast"],
         verify=known["verify"] if known["verify"] and known["verify"]["measured"] is not None else None,
         entropy=described["entropy"],
-        warnings=problems + (found.warnings if found else []),
+        warnings=problems + (found.warnings if found else _warnings(groups) if groups else []),
         facts=_facts(folder, described, rows),
         setup=described,
+        by=GROUPS if groups else "",
+        groups=compare.record(groups, _bands(groups)) if groups else [],
         **(of_analysis(found, known["forecast"]) if found else {"fit": None, "isoflop": [], "bands": None}),
     )
     path = report.write(content, folder)
-    lines = [found.summary() if found else "no law was fitted"]
+    lines = [found.summary() if found else groups.summary() if groups else "no law was fitted"]
     if described["entropy"] is not None:
         lines.append(f"true irreducible loss {described['entropy']:.4f}")
     if known["verify"]:
@@ -53,6 +63,18 @@ def write_report(folder: Path) -> tuple[Path, str]:
     elif known["forecast"]:
         lines.append(forecast.describe(known["forecast"]))
     return path, "\n".join(lines)
+
+
+def _warnings(groups: Comparison) -> list[str]:
+    return [f"{name}: {text}" for name, one in groups.groups.items() for text in one.warnings]
+
+
+def _bands(groups: Comparison) -> dict[str, Any]:
+    return {
+        name: frontier.bands(one.fit, one.bootstrap, one.table)
+        for name, one in groups.groups.items()
+        if one.fit and one.bootstrap
+    }
 
 
 def of_analysis(found: Analysis, registered: dict[str, Any] | None = None) -> dict[str, Any]:

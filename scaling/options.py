@@ -85,6 +85,8 @@ class FitOptions:
     """Ways to the 95 % intervals: profile, hessian, bootstrap, bootstrap:N for N resamples, all side by side, or none."""
     cluster: str = ""
     """A column, such as seed or trunk, whose equal values mark rows that share their noise."""
+    by: str = ""
+    """A column, such as family: fit the rows of each of its values, and show the groups side by side."""
     conventions: bool = False
     """Also show the exponents under every count of N and C that the table has."""
     hold: tuple[str, ...] = ()

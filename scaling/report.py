@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_jax import files
-from scaling import allocation_figures, checklist, drawing, figures, fit_figures, tables
+from scaling import allocation_figures, checklist, comparison_figures, drawing, figures, fit_figures, tables
 from scaling.drawing import Plot, is_number
 from scaling.interactive import SCRIPT
 from scaling.page import (
@@ -75,6 +75,10 @@ class Content:
     interval [low, high], an end None where the increase never reaches the threshold."""
     samples: dict[str, list[float]] = field(default_factory=dict)
     """Bootstrap: parameter -> its natural value in each resample, the same resamples for all."""
+    groups: list[dict[str, Any]] = field(default_factory=list)
+    """Side by side, as in compare.record; empty where the trials are one group."""
+    by: str = ""
+    """The column of the trials that names their group."""
     setup: dict[str, Any] = field(default_factory=dict)
     """experiment.json: config {model, data, train}, ladder, data (fingerprint), tokenizer_sha256; empty for a bare table."""
 
@@ -176,6 +180,7 @@ def draw(content: Content) -> list[Plot]:
     predict = figures.predictor(content.fit)
     fitted = {name: p["value"] for name, p in content.fit["parameters"].items()} if content.fit else {}
     drawn = (
+        comparison_figures.comparison(content.trials, content.groups, content.by),
         allocation_figures.triptych(content.trials, content.isoflop, content.bands, told, predict),
         figures.frontier(content.trials, content.bands, told),
         allocation_figures.surface(content.trials, predict, content.bands, told, fitted.get("E", 0.0)),
@@ -222,6 +227,23 @@ def law(content: Content) -> Iterator[Block]:
     objective = fit["objective"]
     name, least = escape(str(objective["name"])), number(objective["value"])
     yield f'<p class="note">Objective {name} = {least} over {fit["n"]} trials.</p>'
+
+
+def side_by_side(content: Content) -> Iterator[Block]:
+    """The law of each group, a line each."""
+    fitted = [group for group in content.groups if group["fit"]]
+    if not fitted:
+        return
+    names = list(dict.fromkeys(name for group in fitted for name in group["fit"]["parameters"]))
+    rows = []
+    for group in fitted:
+        found = group["fit"]["parameters"]
+        cells = (f"{number(found[n]['value'])} {interval(found[n]['interval'])}" if n in found else "" for n in names)
+        rows.append((escape(group["name"]), str(group["fit"]["n"]), *cells))
+    yield f"<h2>The law of each {escape(content.by)}</h2><p>{formula_html(fitted[0]['fit']['formula'])}</p>"
+    yield html_table((content.by, "trials", *(drawing.GREEK.get(name, name) for name in names)), rows)
+    if told := [f"{group['name']}: {group['reason']}" for group in content.groups if group["reason"]]:
+        yield f'<p class="note">Not fitted: {escape("; ".join(told))}.</p>'
 
 
 def counts(content: Content) -> Iterator[Block]:
@@ -360,7 +382,19 @@ def save(plot: Plot, shelf: Path) -> str:
     return card(plot, picture)
 
 
-SECTIONS: tuple[Section, ...] = (heading, verdict, warnings, plots, law, minima, counts, trials, provenance, misfitting)
+SECTIONS: tuple[Section, ...] = (
+    heading,
+    verdict,
+    warnings,
+    plots,
+    law,
+    side_by_side,
+    minima,
+    counts,
+    trials,
+    provenance,
+    misfitting,
+)
 
 
 def write(content: Content, folder: Path) -> Path:
