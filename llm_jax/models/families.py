@@ -11,7 +11,7 @@ from llm_jax.models import feedforward, recurrent, transformer
 
 Params = Any
 
-FAMILIES = {"transformer": transformer, "lstm": recurrent, "rnn": recurrent, "feedforward": feedforward}
+FAMILIES: dict[str, Any] = {"transformer": transformer, "lstm": recurrent, "rnn": recurrent, "feedforward": feedforward}
 """The module of each `Model.family`, with functions of the same names and arguments as here."""
 
 
@@ -36,6 +36,19 @@ def apply(
     with a cache.
     """
     return FAMILIES[cfg.family].apply(cfg, params, tokens_BxT, segment_BxT, cache, dropout_key)
+
+
+def apply_training(
+    cfg: Model,
+    params: Params,
+    tokens_BxT: jax.Array,
+    segment_BxT: jax.Array | None = None,
+    dropout_key: jax.Array | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """(logits_BxTxV, routing): as `apply`, with what the routers of a mixture of experts did, a layer (moe.Routing); else empty."""
+    if not cfg.experts.number:
+        return apply(cfg, params, tokens_BxT, segment_BxT, dropout_key=dropout_key), {}
+    return FAMILIES[cfg.family].apply_routed(cfg, params, tokens_BxT, segment_BxT, dropout_key)
 
 
 def init_cache(cfg: Model, batch: int, length: int) -> Any:
