@@ -30,7 +30,9 @@ Routing = dict[str, jax.Array]
 """What a layer tells of its router, sums over M tokens in float32: "load" (E; choices of each expert before any is dropped), "dropped"
 (tokens' worth of choices), "balance" (M times the loss of Switch), "router_z" (of logsumexp^2), "entropy" (in nats)."""
 BLOCKS_PER_EXPERT = 8
-"""At even load. More pad less, at most a row in BLOCKS_PER_EXPERT, and copy the weights more often, once a block."""
+"""Of a dropless layer at even load. More pad less, at most a row in BLOCKS_PER_EXPERT, and copy the weights more often, once a block."""
+LEAST_ROWS = 32
+"""Of a block, where an expert has as many: smaller products cost a CPU two to three times as much (two cores, width 64)."""
 
 
 class Layout(NamedTuple):
@@ -60,8 +62,9 @@ def _one_hot(index: jax.Array, number: int) -> jax.Array:
 
 
 def block_rows(choices: int, number: int) -> int:
-    """Rows of a dropless block: a power of two, so that at even load an expert fills about BLOCKS_PER_EXPERT."""
-    return 2 ** int(math.log2(max(1, choices // (BLOCKS_PER_EXPERT * number))))
+    """Rows of a dropless block: a power of two, so that at even load an expert fills about BLOCKS_PER_EXPERT of LEAST_ROWS or more."""
+    wanted = max(LEAST_ROWS, choices // (BLOCKS_PER_EXPERT * number))
+    return 2 ** int(math.log2(max(1, min(wanted, choices // number))))
 
 
 def capacity(experts: Experts, tokens: int) -> int:
