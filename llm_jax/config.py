@@ -134,8 +134,9 @@ class Experts:
 class Model:
     """A language model of one of several families. A field that a family does not read is said so; it changes nothing there."""
 
-    family: Literal["transformer", "lstm", "rnn", "feedforward"] = "transformer"
-    """transformer is decoder-only; lstm and rnn are recurrent; feedforward is that of Bengio et al. 2003."""
+    family: Literal["transformer", "lstm", "rnn", "feedforward", "ngram"] = "transformer"
+    """transformer is decoder-only; lstm and rnn are recurrent; feedforward is that of Bengio et al. 2003.
+    ngram is counted, not trained: of this class it reads vocab_size and ngram_order alone."""
     vocab_size: int = 256
     """Rows of the embedding. The tokenizer "bytes" needs 256."""
     num_layers: int = 4
@@ -157,6 +158,7 @@ class Model:
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     """Not read by feedforward, which has none."""
     norm_position: Literal["pre", "post"] = "pre"
+    """Read by transformer alone; lstm and rnn are pre-norm."""
     positions: Literal["rotary", "learned", "sinusoidal"] = "rotary"
     rope_theta: float = 10_000.0
     max_context: int = 2048
@@ -166,11 +168,11 @@ class Model:
     qk_norm: bool = True
     """RMSNorm on queries and keys (Dehghani et al. 2023): keeps high learning rates stable."""
     logit_softcap: float | None = None
-    """logits = cap * tanh(logits / cap), as in Gemma 2."""
+    """logits = cap * tanh(logits / cap), as in Gemma 2. Read by transformer alone."""
     window: int | None = None
     """Sliding-window attention: positions a token sees, itself included."""
     ngram_order: int = 5
-    """n: feedforward predicts from the n - 1 tokens before. Read by it alone."""
+    """n: feedforward and ngram predict from the n - 1 tokens before. Not read by others."""
     direct_connections: bool = False
     """From the embeddings to the output, past the hidden layer. Read by feedforward alone."""
     dropout: float = 0.0
@@ -189,8 +191,8 @@ class Model:
             value = getattr(self, name)
             _require(value is None or value > 0, f"model.{name} must be positive, got {value}")
         _require(0 <= self.dropout < 1, f"model.dropout must lie in [0, 1), got {self.dropout}")
-        if self.family == "feedforward":
-            _require(self.ngram_order >= 2, f"model.ngram_order must be at least 2, got {self.ngram_order}")
+        least = 2 if self.family == "feedforward" else 1
+        _require(self.ngram_order >= least, f"model.ngram_order must be at least {least}, got {self.ngram_order}")
         if self.attends:
             self._check_attention()
         if self.experts.number:
@@ -231,6 +233,11 @@ class Model:
     def attends(self) -> bool:
         """Whether the family has attention, and so heads and positions."""
         return self.family == "transformer"
+
+    @property
+    def counted(self) -> bool:
+        """Whether it is made by counting: no gradient, no FLOPs of training, and no size before the data is seen."""
+        return self.family == "ngram"
 
     @property
     def max_positions(self) -> int | None:

@@ -6,10 +6,9 @@ hold it to the parameter tree and to the program. No JAX here: counting needs no
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from llm_jax.config import Model
@@ -97,6 +96,9 @@ def _transformer(model: Model, context: int) -> tuple[Part, ...]:
     found = [_embedding(model)]
     if model.positions == "learned":
         found.append(Part("positions", "positions", (model.max_context, width), width))
+    norm1, norm2 = (_norm(f"blocks/norm{i}", model, layers) for i in (1, 2))
+    pre = model.norm_position == "pre"
+    found += [norm1] if pre else []
     found += [
         _matrix(f"blocks/attention/{name}", width, (number, head), layers)
         for name, number in (("q", heads), ("k", kv_heads), ("v", kv_heads))
@@ -112,12 +114,10 @@ def _transformer(model: Model, context: int) -> tuple[Part, ...]:
         Part("blocks/attention/scores", "attention", square, heads * context, layers, stored=False),
         Part("blocks/attention/values", "attention", square, heads * head, layers, stored=False),
         Part("blocks/attention/out", "matrices", (heads, head, width), width, layers),
+        norm2 if pre else norm1,
         *(_experts(model) if model.experts.number else _mlp(model, "blocks/mlp/", model.ff_width)),
-        _norm("blocks/norm1", model, layers),
-        _norm("blocks/norm2", model, layers),
+        _norm("norm", model) if pre else norm2,
     ]
-    if model.norm_position == "pre":
-        found.append(_norm("norm", model))
     return (*found, _head(model))
 
 
@@ -134,9 +134,7 @@ def _experts(model: Model) -> list[Part]:
     if mixture.balance == "bias":
         found.append(Part("blocks/mlp/router_bias", "bias", (number,), 0, layers))
     found += [
-        dataclasses.replace(
-            part, shape=(number, *part.shape), outputs=used * part.outputs, active=used / number
-        )
+        replace(part, shape=(number, *part.shape), outputs=used * part.outputs, active=used / number)
         for part in _mlp(model, "blocks/mlp/", model.expert_width)
     ]
     return found + (_mlp(model, "blocks/mlp/shared_", mixture.shared * model.expert_width) if mixture.shared else [])
@@ -159,7 +157,7 @@ def _recurrent(model: Model, context: int) -> tuple[Part, ...]:
 def _feedforward(model: Model, context: int) -> tuple[Part, ...]:
     seen, hidden, vocab = model.ngram_order - 1, model.ff_width, model.vocab_size
     found = (
-        _embedding(model),
+        replace(_embedding(model), outputs=seen * model.d_model),
         Part("hidden", "matrices", (seen, model.d_model, hidden), hidden),
         Part("bias", "bias", (hidden,), 0),
         _matrix("head", hidden, (vocab,), kind="head"),
@@ -169,9 +167,15 @@ def _feedforward(model: Model, context: int) -> tuple[Part, ...]:
     return (*found, direct) if model.direct_connections else found
 
 
+def _ngram(model: Model, context: int) -> tuple[Part, ...]:
+    """None: its size is the number of counts, which the data decides, and it multiplies no matrices."""
+    return ()
+
+
 _FAMILIES: dict[str, Callable[[Model, int], tuple[Part, ...]]] = {
     "transformer": _transformer,
     "lstm": _recurrent,
     "rnn": _recurrent,
     "feedforward": _feedforward,
+    "ngram": _ngram,
 }

@@ -22,6 +22,7 @@ from scaling.options import (
     BacktestOptions,
     CalibrateOptions,
     DataOptions,
+    ExplainOptions,
     FitOptions,
     ForecastOptions,
     GenerateOptions,
@@ -241,6 +242,17 @@ def data(options: DataOptions) -> None:
     print(f"folder     {prepared.folder}{'; all checksums match' if options.check else ''}")
 
 
+def explain(options: ExplainOptions) -> None:
+    """Prints the parts of a model, their sums, and what a run of it costs by each convention."""
+    from llm_jax.config import override
+    from scaling import explain as explaining
+
+    base, _ = chosen_experiment(options)
+    config = override(base.config, base.ladder.shape(options.depth)) if options.depth is not None else base.config
+    found = explaining.explain(config)
+    print(jsonlib.dumps(found) if options.json else explaining.describe(found))
+
+
 def generate(options: GenerateOptions) -> None:
     """Prints a prompt and how a trained model goes on."""
     from llm_jax.generation import sampling
@@ -289,6 +301,7 @@ VERBS: dict[str, tuple[Any, Callable[[Any], None]]] = {
     "calibrate": (CalibrateOptions, calibrate),
     "report": (ReportOptions, report),
     "data": (DataOptions, data),
+    "explain": (ExplainOptions, explain),
     "generate": (GenerateOptions, generate),
 }
 

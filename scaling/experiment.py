@@ -116,6 +116,10 @@ def trial(base: Config, rungs: Ladder, point: Point) -> Trial:
         overrides |= rungs.shape(float(value)) if name == "depth" else {} if name == "compute" else {name: value}
     config = override(base, overrides)
     if "compute" in point:
+        if config.model.counted:
+            raise BadInput(
+                "model.family=ngram has no size before it is counted, so that compute sets no D; give train.tokens"
+            )
         config = override(
             config, {"train.tokens": max(1, round(float(point["compute"]) / (6 * num_params_active(config.model))))}
         )

@@ -157,6 +157,8 @@ def record(folder: Path, trial: Trial, prepared: Prepared, result: Any) -> None:
     fixed = {"status": result.status, "reason": result.reason}
     if result.status == "done":
         fixed |= {"loss": result.loss, "loss_se": result.standard_error, "bits_per_byte": result.bits_per_byte}
+    if result.n_params is not None:
+        fixed["N_params"] = result.n_params
     fixed |= {"data": prepared.fingerprint, "tokenizer_sha256": prepared.tokenizer_sha256}
     fixed["epochs"] = int(trial.config.train.tokens) / prepared.tokens["train"]
     files.write_json(
@@ -205,7 +207,9 @@ def rows(folder: Path) -> list[dict[str, Any]]:
         train = trial.config.train
         row: dict[str, Any] = {"id": trial.id, "status": state, "reason": result.get("reason", "")}
         row |= {"depth": trial.point.get("depth", trial.config.model.num_layers), "budget": trial.point.get("compute")}
+        row["family"] = trial.config.model.family
         row |= trial.counts
+        row["N_params"] = result.get("N_params", row["N_params"])  # of an n-gram model, known once it is counted
         row |= {
             "epochs": result.get("epochs"),
             "tokens_per_step": train.tokens_per_step,

@@ -197,6 +197,19 @@ class DataOptions:
 
 
 @dataclass(frozen=True)
+class ExplainOptions:
+    """Print a model as a table: each part with its shape, parameters, FLOPs and activation memory."""
+
+    experiment: Annotated[Positional[Path | None], arg(metavar="EXPERIMENT.py")] = None
+    model: Model = Model()
+    data: Data = Data()
+    train: Train = Train()
+    depth: float | None = None
+    """Rung of the experiment's ladder; default: the base config, which no trial need have."""
+    json: Json = False
+
+
+@dataclass(frozen=True)
 class GenerateOptions:
     """Continue a text with a trained model."""
 

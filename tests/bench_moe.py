@@ -140,7 +140,8 @@ def main() -> None:
     if jax.default_backend() == "gpu":
         transformer.attend = fast_attention
     print(
-        f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {ROWS} rows of {CONTEXT}, bfloat16, median of {ROUNDS} rounds of {STEPS} steps"
+        f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {ROWS} x {CONTEXT} tokens,"
+        f" bfloat16, median of {ROUNDS} rounds of {STEPS} steps"
     )
     tokens = np.random.default_rng(0).integers(0, DENSE.vocab_size, (STEPS, ROWS, CONTEXT + 1)).astype(np.int32)
     speed, seconds = {}, {}

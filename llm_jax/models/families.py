@@ -7,11 +7,17 @@ from typing import Any
 import jax
 
 from llm_jax.config import Model
-from llm_jax.models import feedforward, recurrent, transformer
+from llm_jax.models import feedforward, ngram, recurrent, transformer
 
 Params = Any
 
-FAMILIES: dict[str, Any] = {"transformer": transformer, "lstm": recurrent, "rnn": recurrent, "feedforward": feedforward}
+FAMILIES: dict[str, Any] = {
+    "transformer": transformer,
+    "lstm": recurrent,
+    "rnn": recurrent,
+    "feedforward": feedforward,
+    "ngram": ngram,
+}
 """The module of each `Model.family`, with functions of the same names and arguments as here."""
 
 

@@ -164,7 +164,9 @@ def _grouped_back(saved: tuple[jax.Array, jax.Array, jax.Array], grad_PxQxF: jax
     return of_x_PxQxD, of_kernel_ExDxF.astype(kernel_ExDxF.dtype), None
 
 
-grouped_product.defvjp(lambda x, kernel, expert: (grouped_product(x, kernel, expert), (x, kernel, expert)), _grouped_back)
+grouped_product.defvjp(
+    lambda x, kernel, expert: (grouped_product(x, kernel, expert), (x, kernel, expert)), _grouped_back
+)
 
 
 def ragged_product(x_PxQxD: jax.Array, kernel_ExDxF: jax.Array, expert_P: jax.Array) -> jax.Array:
@@ -293,7 +295,9 @@ class Mixture(nn.Module):
         if cfg.experts.balance == "bias":
             zeros = nn.with_logical_partitioning(nn.initializers.zeros_init(), ("expert",))
             params["router_bias"] = self.param("router_bias", zeros, (number,))
-        kinds: list[tuple[str, tuple[str, ...], tuple[int, ...], int]] = [("", ("expert",), (number,), cfg.expert_width)]
+        kinds: list[tuple[str, tuple[str, ...], tuple[int, ...], int]] = [
+            ("", ("expert",), (number,), cfg.expert_width)
+        ]
         kinds += [("shared_", (), (), shared)] if shared else []
         for prefix, axes, shape, width in kinds:
             for name in ("up", "gate") if cfg.mlp == "swiglu" else ("up",):

@@ -18,7 +18,7 @@ from llm_jax import files
 from llm_jax.config import Config, Model, Train, fingerprint, to_dict
 from llm_jax.data import pipeline
 from llm_jax.data.prepare import Prepared
-from llm_jax.models import families
+from llm_jax.models import families, ngram
 from llm_jax.training import pretrain
 from llm_jax.training.checkpoint import Checkpoints
 from llm_jax.training.metrics import Metrics
@@ -27,6 +27,10 @@ from llm_jax.training.step import init_state, make_train_call, make_train_step
 
 Progress = Callable[[int, int, float], None]
 """progress(step, num_steps, training loss)."""
+
+
+COUNTS = "counts.npz"
+"""In the folder of an n-gram model's run, in place of checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,8 @@ class Result:
     """Of training in this process, compilation included."""
     tokens_per_second: float = 0.0
     """After the first call, which compiles; 0 where there was no other."""
+    n_params: int | None = None
+    """N of a model whose size the data decides; None for all others, whose config does."""
 
 
 @functools.lru_cache
@@ -93,20 +99,14 @@ def train(
     past, and leaves its state there at `branch_steps` for others. A loss that is not finite ends the run as "failed".
     """
     num_steps, per_call = cfg.num_steps, cfg.train.steps_per_call
+    iterator = pipeline.train_iterator(prepared, cfg.data.context, cfg.rows_per_step, cfg.data.shuffle_seed)
+    evaluate = _evaluation(cfg, prepared)
+    if cfg.model.counted:
+        return _count(cfg, prepared, iterator, evaluate, folder, progress)
     call, init_opt = compiled_call(cfg.model, _program(cfg.train))
     params = _compiled_init(cfg.model)(jax.random.key(cfg.train.seed))
     state = init_state(params, init_opt, cfg.train.seed)
-    iterator = pipeline.train_iterator(prepared, cfg.data.context, cfg.rows_per_step, cfg.data.shuffle_seed)
-    tokenizer = prepared.tokenizer()
-    held_out = pipeline.eval_set(prepared, cfg.data.context, cfg.data.eval_tokens)
-    evaluate = functools.partial(
-        pretrain.evaluate,
-        cfg.model,
-        held_out=held_out,
-        token_bytes=tokenizer.token_bytes(),
-        bos=tokenizer.bos,
-        document_mask=cfg.data.document_mask,
-    )
+    bos = prepared.tokenizer().bos
     with contextlib.ExitStack() as stack:  # whatever ends the run, a save under way is finished first
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(folder / "checkpoints")))
         trunk = None
@@ -137,7 +137,7 @@ def train(
                 tokens_CxBxT[i] = next(iterator)
             rates_C = np.zeros(per_call, np.float32)
             rates_C[:n] = learning_rates(cfg.train, num_steps, np.arange(step, step + n))
-            batches = pretrain.make_batch(tokens_CxBxT, tokenizer.bos, cfg.data.document_mask)
+            batches = pretrain.make_batch(tokens_CxBxT, bos, cfg.data.document_mask)
             state, new = call(state, batches, rates_C, n)
             # The call runs while the metrics of the one before are written and the next rows are read.
             if pending:
@@ -169,8 +169,49 @@ def train(
     return Result("done", evaluation.loss, evaluation.standard_error, evaluation.bits_per_byte, **timing)
 
 
+def _evaluation(cfg: Config, prepared: Prepared) -> Callable[..., pretrain.Evaluation]:
+    """evaluate(params=...) on the fixed held-out set."""
+    tokenizer = prepared.tokenizer()
+    return functools.partial(
+        pretrain.evaluate,
+        cfg.model,
+        held_out=pipeline.eval_set(prepared, cfg.data.context, cfg.data.eval_tokens),
+        token_bytes=tokenizer.token_bytes(),
+        bos=tokenizer.bos,
+        document_mask=cfg.data.document_mask,
+    )
+
+
+def _count(cfg: Config, prepared: Prepared, iterator, evaluate, folder: Path, progress: Progress) -> Result:
+    """The run of an n-gram model: it counts the rows that another family would take its steps on, and keeps folder/counts.npz.
+
+    Killed, it starts again: a pass over the rows is seconds.
+    """
+    started = time.perf_counter()
+    tokens_RxT = np.concatenate([next(iterator) for _ in range(cfg.num_steps)])
+    params = ngram.count(cfg.model, tokens_RxT, prepared.tokenizer().bos if cfg.data.document_mask else None)
+    folder.mkdir(parents=True, exist_ok=True)
+    ngram.save(params, folder / COUNTS)
+    seconds = time.perf_counter() - started
+    evaluation = evaluate(params=params)
+    with contextlib.closing(Metrics(folder, 0)) as metrics:
+        metrics.write_evaluation(cfg.num_steps, cfg, evaluation)
+    progress(cfg.num_steps, cfg.num_steps, evaluation.loss)
+    return Result(
+        "done",
+        evaluation.loss,
+        evaluation.standard_error,
+        evaluation.bits_per_byte,
+        seconds=seconds,
+        tokens_per_second=int(cfg.train.tokens) / seconds,
+        n_params=ngram.num_counts(params),
+    )
+
+
 def load_params(cfg: Config, folder: Path) -> Any:
     """Parameters of the last checkpoint of a run."""
+    if cfg.model.counted:
+        return ngram.load(folder / COUNTS)
     abstract = jax.eval_shape(lambda: init_state(families.init(cfg.model, jax.random.key(0)), adamw(cfg.train).init, 0))
     checkpoints = Checkpoints(folder / "checkpoints")
     steps = checkpoints.steps()

@@ -11,7 +11,7 @@ import numpy as np
 
 from llm_jax.config import Model
 from llm_jax.data.pipeline import EvalSet, segments
-from llm_jax.models import families
+from llm_jax.models import families, ngram
 from llm_jax.models.moe import rebalance
 from llm_jax.training.losses import cross_entropy, routing_loss, token_nll
 from llm_jax.training.step import AdjustFn, LossFn
@@ -86,10 +86,14 @@ def evaluate(
     tokens of one document share its difficulty, and treated as independent they would claim too much.
     """
     rows, width = held_out.tokens_BxT.shape
-    padded = np.zeros((-(-rows // EVAL_ROWS) * EVAL_ROWS, width), np.int32)
-    padded[:rows] = held_out.tokens_BxT
-    batches = make_batch(padded.reshape(-1, EVAL_ROWS, width), bos, document_mask)
-    nll_B = np.asarray(_compiled_nll(model)(params, batches), np.float64).reshape(-1)[:rows]
+    if model.counted:
+        batch = make_batch(held_out.tokens_BxT, bos, document_mask)
+        nll_B = -ngram.token_log_probs(params, batch["tokens"], batch.get("segments")).sum(-1)
+    else:
+        padded = np.zeros((-(-rows // EVAL_ROWS) * EVAL_ROWS, width), np.int32)
+        padded[:rows] = held_out.tokens_BxT
+        batches = make_batch(padded.reshape(-1, EVAL_ROWS, width), bos, document_mask)
+        nll_B = np.asarray(_compiled_nll(model)(params, batches), np.float64).reshape(-1)[:rows]
     tokens_B = np.full(rows, width - 1)
     loss = nll_B.sum() / tokens_B.sum()
     _, cluster_B = np.unique(held_out.document_B, return_inverse=True)

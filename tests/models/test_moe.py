@@ -333,7 +333,9 @@ def test_logical_axes_name_every_dimension():
     model = replace(model, experts=replace(model.experts, shared=1))
     shapes = jax.eval_shape(functools.partial(families.init, model), jax.random.key(0))["blocks"]
     axes = families.logical_axes(model)["blocks"]
-    jax.tree.map(lambda leaf, spec: np.testing.assert_equal(leaf.shape, tuple(AXES[name] for name in spec)), shapes, axes)
+    jax.tree.map(
+        lambda leaf, spec: np.testing.assert_equal(leaf.shape, tuple(AXES[name] for name in spec)), shapes, axes
+    )
     assert axes["mlp"]["up"] == PartitionSpec("layers", "expert", "embed", "mlp")
     assert axes["mlp"]["router_bias"] == PartitionSpec("layers", "expert")
 
@@ -449,7 +451,9 @@ def test_experts_that_do_not_divide_are_refused():
     """In one line that names the nearest number that would."""
     mesh = jax.make_mesh((2,), ("expert",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
     model = replace(SMALL, experts=Experts(number=5))
-    with pytest.raises(BadInput, match=r"model\.experts\.number=5 is no multiple of the mesh axis expert=2; nearest that is: 4"):
+    with pytest.raises(
+        BadInput, match=r"model\.experts\.number=5 is no multiple of the mesh axis expert=2; nearest that is: 4"
+    ):
         moe.expert_parallel(model, layer(model), jnp.zeros((2, 3, 16)), mesh)
     model = replace(SMALL, experts=VARIANTS["expert choice"])
     with pytest.raises(BadInput, match="not spread over devices"):

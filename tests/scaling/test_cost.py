@@ -46,7 +46,9 @@ def products(jaxpr, times=1):
     """(FLOPs, numbers of the result) of every matrix product of a jaxpr, those of loops and calls as often as they run."""
     for eqn in jaxpr.eqns:
         runs = times * (eqn.params["length"] if eqn.primitive.name == "scan" else 1)
-        if eqn.primitive.name == "cond":  # one program a platform, alike but for how the gradients of a mixture's blocks are added up
+        if (
+            eqn.primitive.name == "cond"
+        ):  # one program a platform, alike but for how the gradients of a mixture's blocks are added up
             yield from min((list(products(branch.jaxpr, runs)) for branch in eqn.params["branches"]), key=sum_of_flops)
             continue
         for value in eqn.params.values():
