@@ -58,6 +58,11 @@ def num_params(model: Model) -> int:
     return sum(part.params for part in parts(model, 1))
 
 
+def num_params_active(model: Model) -> int:
+    """Those that one token uses: N of the training cost C = 6 N D. Fewer than all for a mixture of experts alone."""
+    return sum(round(part.active * part.params) for part in parts(model, 1))
+
+
 def num_params_matrices(model: Model) -> int:
     """The matrices of the blocks alone: N of Kaplan et al. 2020, without embeddings, head, positions, norms and biases."""
     return sum(part.params for part in parts(model, 1) if part.kind == "matrices")
@@ -110,12 +115,29 @@ def _transformer(model: Model, context: int) -> tuple[Part, ...]:
         Part("blocks/attention/values", "attention", square, heads * head, layers, stored=False),
         Part("blocks/attention/out", "matrices", (heads, head, width), width, layers),
         norm2 if pre else norm1,
-        _matrix("blocks/mlp/up", width, (model.ff_width,), layers),
+        *(_experts(model) if model.experts.number else _mlp(model, "blocks/mlp/", model.ff_width)),
+        _norm("norm", model) if pre else norm2,
     ]
-    if model.mlp == "swiglu":
-        found.append(_matrix("blocks/mlp/gate", width, (model.ff_width,), layers))
-    found += [_matrix("blocks/mlp/down", model.ff_width, (width,), layers), _norm("norm", model) if pre else norm2]
     return (*found, _head(model))
+
+
+def _mlp(model: Model, prefix: str, hidden: int) -> list[Part]:
+    ins = ("up", "gate") if model.mlp == "swiglu" else ("up",)
+    found = [_matrix(prefix + name, model.d_model, (hidden,), model.num_layers) for name in ins]
+    return [*found, _matrix(f"{prefix}down", hidden, (model.d_model,), model.num_layers)]
+
+
+def _experts(model: Model) -> list[Part]:
+    mixture, layers = model.experts, model.num_layers
+    number, used = mixture.number, mixture.per_token
+    found = [_matrix("blocks/mlp/router", model.d_model, (number,), layers)]
+    if mixture.balance == "bias":
+        found.append(Part("blocks/mlp/router_bias", "bias", (number,), 0, layers))
+    found += [
+        replace(part, shape=(number, *part.shape), outputs=used * part.outputs, active=used / number)
+        for part in _mlp(model, "blocks/mlp/", model.expert_width)
+    ]
+    return found + (_mlp(model, "blocks/mlp/shared_", mixture.shared * model.expert_width) if mixture.shared else [])
 
 
 def _recurrent(model: Model, context: int) -> tuple[Part, ...]:

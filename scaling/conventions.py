@@ -7,7 +7,7 @@ of the difference is the count (Pearce and Song 2024, arXiv:2406.12907).
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,8 +62,8 @@ def under_each(law: Law | str, table: Table, objective: str = "") -> list[Counte
         table = table.select(table.column("status") == "done")
     columns = PROCEDURES[law].columns if isinstance(law, str) else law.columns
     allocates = isinstance(law, str) or law.columns == ("N_params", "D_tokens")
-    sizes = [name for name in SIZES if _usable(table, name)] if "N_params" in columns else [""]
-    compute = [name for name in COMPUTE if _usable(table, name)] if "C_flops" in columns or allocates else [""]
+    sizes = _different(table, SIZES) if "N_params" in columns else [""]
+    compute = _different(table, COMPUTE) if "C_flops" in columns or allocates else [""]
     if len(sizes) * len(compute) < 2:
         return []
     found = []
@@ -90,9 +90,16 @@ def under_each(law: Law | str, table: Table, objective: str = "") -> list[Counte
     return found
 
 
-def _usable(table: Table, name: str) -> bool:
-    column = table.columns.get(name)
-    return column is not None and column.dtype.kind == "f" and bool((column > 0).all())
+def _different(table: Table, names: Iterable[str]) -> list[str]:
+    """Those that are columns of positive numbers, without the ones that are equal to another before them."""
+    found: list[str] = []
+    for name in names:
+        column = table.columns.get(name)
+        if column is None or column.dtype.kind != "f" or not (column > 0).all():
+            continue
+        if not any((column == table.column(other)).all() for other in found):
+            found.append(name)
+    return found
 
 
 def _exponents(result: Fit, table: Table) -> dict[str, Interval]:

@@ -1,7 +1,7 @@
 """An experiment: a base config, the axes that vary it, and the larger run that its law is to forecast.
 
 Axes are tuples of points, and a point is a dict of overrides by dotted name. Two names are no field: `depth`, the rung of the
-ladder, which sets the shape, and `compute`, a budget C in FLOPs, which sets D = C / 6N for whatever shape the point has.
+ladder, which sets the shape, and `compute`, a budget C in FLOPs, which sets D = C / 6N, N active, for whatever shape the point has.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from llm_jax import ladder
 from llm_jax.config import BadInput, Config, Data, Model, Train, did_you_mean, field_names, fingerprint, override
 from llm_jax.ladder import Ladder
-from llm_jax.parts import num_params
+from llm_jax.parts import num_params_active
 from scaling import cost
 
 Point = Mapping[str, Any]
@@ -121,7 +121,7 @@ def trial(base: Config, rungs: Ladder, point: Point) -> Trial:
                 "model.family=ngram has no size before it is counted, so that compute sets no D; give train.tokens"
             )
         config = override(
-            config, {"train.tokens": max(1, round(float(point["compute"]) / (6 * num_params(config.model))))}
+            config, {"train.tokens": max(1, round(float(point["compute"]) / (6 * num_params_active(config.model))))}
         )
     return Trial(ladder.resolve(config), dict(point))
 

@@ -207,7 +207,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
         train = trial.config.train
         row: dict[str, Any] = {"id": trial.id, "status": state, "reason": result.get("reason", "")}
         row |= {"depth": trial.point.get("depth", trial.config.model.num_layers), "budget": trial.point.get("compute")}
-        row["family"] = trial.config.model.family
+        row["family"] = "moe" if trial.config.model.experts.number else trial.config.model.family
         row |= trial.counts
         row["N_params"] = result.get("N_params", row["N_params"])  # of an n-gram model, known once it is counted
         row |= {

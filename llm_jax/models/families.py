@@ -44,6 +44,19 @@ def apply(
     return FAMILIES[cfg.family].apply(cfg, params, tokens_BxT, segment_BxT, cache, dropout_key)
 
 
+def apply_training(
+    cfg: Model,
+    params: Params,
+    tokens_BxT: jax.Array,
+    segment_BxT: jax.Array | None = None,
+    dropout_key: jax.Array | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """(logits_BxTxV, routing): as `apply`, with what the routers of a mixture of experts did, a layer (moe.Routing); else empty."""
+    if not cfg.experts.number:
+        return apply(cfg, params, tokens_BxT, segment_BxT, dropout_key=dropout_key), {}
+    return FAMILIES[cfg.family].apply_routed(cfg, params, tokens_BxT, segment_BxT, dropout_key)
+
+
 def init_cache(cfg: Model, batch: int, length: int) -> Any:
     """An empty cache for `batch` rows of at most `length` positions. Raises BadInput beyond the positions of the model."""
     return FAMILIES[cfg.family].init_cache(cfg, batch, length)

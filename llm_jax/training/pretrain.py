@@ -12,8 +12,9 @@ import numpy as np
 from llm_jax.config import Model
 from llm_jax.data.pipeline import EvalSet, segments
 from llm_jax.models import families, ngram
-from llm_jax.training.losses import cross_entropy, token_nll
-from llm_jax.training.step import LossFn
+from llm_jax.models.moe import rebalance
+from llm_jax.training.losses import cross_entropy, routing_loss, token_nll
+from llm_jax.training.step import AdjustFn, LossFn
 
 EVAL_ROWS = 16
 """Rows of one forward pass of the evaluation."""
@@ -30,12 +31,29 @@ def loss_fn(model: Model, z_loss: float) -> LossFn:
 
     def loss(params: Any, batch: dict[str, jax.Array], key: jax.Array):
         inputs_BxT, targets_BxT = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
-        logits_BxTxV = families.apply(
-            model, params, inputs_BxT, batch.get("segments"), dropout_key=key if model.dropout else None
+        logits_BxTxV, routing = families.apply_training(
+            model, params, inputs_BxT, batch.get("segments"), key if model.dropout else None
         )
-        return cross_entropy(logits_BxTxV, targets_BxT, jnp.ones(targets_BxT.shape, jnp.float32), z_loss)
+        total, sums = cross_entropy(logits_BxTxV, targets_BxT, jnp.ones(targets_BxT.shape, jnp.float32), z_loss)
+        if not routing:
+            return total, sums
+        added, more = routing_loss(model.experts, routing)
+        return total + added, sums | more
 
     return loss
+
+
+def adjust_fn(model: Model) -> AdjustFn | None:
+    """What a step changes without a gradient: the routers' bias where it balances the experts; None for all other models."""
+    if not (model.experts.number and model.experts.balance == "bias"):
+        return None
+
+    def adjust(params: Any, sums: dict[str, jax.Array]) -> Any:
+        blocks = params["blocks"]
+        bias_LxE = rebalance(model.experts, blocks["mlp"]["router_bias"], sums["expert_load"])
+        return {**params, "blocks": {**blocks, "mlp": {**blocks["mlp"], "router_bias": bias_LxE}}}
+
+    return adjust
 
 
 class Evaluation(NamedTuple):
