@@ -63,14 +63,15 @@ def by_column(
     hold: Mapping[str, float] | None = None,
     cluster: str = "",
 ) -> Comparison:
-    """Fits the law to the rows of each value of a column, in order of first appearance; the other arguments as in analyse.
+    """Fits the law to the rows of each value of a column, that of the least loss first; the other arguments as in analyse.
 
     BadInput where the column is none, or where no group can be fitted.
     """
     values = table.column(column)
     groups: dict[str, Analysis] = {}
     unfitted: dict[str, str] = {}
-    for value in dict.fromkeys(values.tolist()):
+    loss = table.columns.get("loss", np.zeros(len(table)))
+    for value in sorted(set(values.tolist()), key=lambda value: np.nanmin(loss[values == value])):
         name = f"{value:g}" if isinstance(value, float) else str(value)
         try:
             groups[name] = analyse(table.select(values == value), law, objective, ci, hold, cluster)

@@ -15,6 +15,7 @@ import numpy as np
 from llm_jax.config import BadInput
 from scaling import isoflop, laws
 from scaling.fit import Fit, fit
+from scaling.frontier import flops_per_token
 from scaling.intervals import intervals
 from scaling.laws import Law
 from scaling.procedures import PROCEDURES
@@ -111,17 +112,10 @@ def _exponents(result: Fit, table: Table) -> dict[str, Interval]:
     }
 
 
-def _flops_per_token(table: Table, compute: str) -> np.ndarray:
-    """Coefficients of ln(C / D) as a polynomial in ln N: of the second degree, as attention and head grow slower than N."""
-    log_n_R = np.log(table.column("N_params"))
-    degree = min(2, len(np.unique(log_n_R)) - 1)
-    return np.polyfit(log_n_R, np.log(table.column(compute) / table.column("D_tokens")), degree)
-
-
 def _allocation(law: Law, theta_SxP: np.ndarray, table: Table, compute: str) -> Interval | None:
     """The exponent of N* ~ C^a over the compute of the table, C counted by a column: of the first theta, with the percentiles
     of the others; None where the law has no best size inside of what was tried."""
-    log_n_R, per_token = np.log(table.column("N_params")), _flops_per_token(table, compute)
+    log_n_R, per_token = np.log(table.column("N_params")), flops_per_token(table, compute)
     log_c_R = np.log(table.column(compute))
     log_c_C = np.linspace(log_c_R.min(), log_c_R.max(), BUDGETS)
     log_n_G = np.linspace(log_n_R.min() - 1, log_n_R.max() + 1, GRID)

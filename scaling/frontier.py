@@ -25,15 +25,27 @@ def bands(
     if fitted.law.columns != ("N_params", "D_tokens"):
         return None
     c_C = np.array(compute, float) if len(compute) else span(table)
-    has_formula = fitted.law.name == "chinchilla"
-    found = _by_formula(fitted, boot, c_C) if has_formula else _by_search(fitted, boot, table.column("N_params"), c_C)
+    six_nd = np.allclose(table.column("C_flops"), 6 * table.column("N_params") * table.column("D_tokens"), rtol=0.02)
+    has_formula = six_nd and fitted.law.name == "chinchilla"
+    found = _by_formula(fitted, boot, c_C) if has_formula else _by_search(fitted, boot, table, c_C)
     if found is None:
         return None
     (n_C, loss_C), (n_SxC, loss_SxC) = found
-    answer = {"C": c_C, "loss": loss_C, "N_opt": n_C, "D_opt": c_C / 6 / n_C}
-    for name, values_SxC in (("N", n_SxC), ("D", c_C / 6 / n_SxC), ("loss", loss_SxC)):
+    per_token = flops_per_token(table)
+    d_C, d_SxC = (c_C / np.exp(np.polyval(per_token, np.log(n))) for n in (n_C, n_SxC))
+    answer = {"C": c_C, "loss": loss_C, "N_opt": n_C, "D_opt": d_C}
+    for name, values_SxC in (("N", n_SxC), ("D", d_SxC), ("loss", loss_SxC)):
         answer[f"{name}_low"], answer[f"{name}_high"] = np.quantile(values_SxC, [0.025, 0.975], axis=0)
     return {name: values.tolist() for name, values in answer.items()}
+
+
+def flops_per_token(table: Table, compute: str = "C_flops") -> np.ndarray:
+    """Coefficients of ln(C / D) as a polynomial in ln N: of the second degree, as attention and head grow slower than N, and
+    active parameters than all of them. Exactly ln 6 + ln N where C = 6 N D."""
+    log_n_R, log_f_R = np.log(table.column("N_params")), np.log(table.column(compute) / table.column("D_tokens"))
+    if np.ptp(log_f_R - log_n_R) < 0.02:
+        return np.array([1.0, np.mean(log_f_R - log_n_R)])
+    return np.polyfit(log_n_R, log_f_R, min(2, len(np.unique(log_n_R)) - 1))
 
 
 def span(table: Table, reach: float = 0.0) -> np.ndarray:
@@ -63,11 +75,13 @@ def _by_formula(fitted: Fit, boot: Bootstrap, c_C: np.ndarray) -> Curves | None:
 
 
 def _by_search(
-    fitted: Fit, boot: Bootstrap, n_R: np.ndarray, c_C: np.ndarray, sizes: int = 121, samples: int = 100
+    fitted: Fit, boot: Bootstrap, table: Table, c_C: np.ndarray, sizes: int = 121, samples: int = 100
 ) -> Curves | None:
     """For a law without a formula for its optimum, over a grid of sizes; None where the optimum lies at its end."""
-    log_n_G = np.linspace(np.log(n_R.min()) - 4, np.log(n_R.max()) + 4, sizes)
-    x_KxR = np.stack([np.tile(log_n_G, len(c_C)), (np.log(c_C / 6)[:, None] - log_n_G).ravel()])
+    log_n_R, per_token = np.log(table.column("N_params")), flops_per_token(table)
+    log_n_G = np.linspace(log_n_R.min() - 4, log_n_R.max() + 4, sizes)
+    log_d_CxG = np.log(c_C)[:, None] - np.polyval(per_token, log_n_G)
+    x_KxR = np.stack([np.tile(log_n_G, len(c_C)), log_d_CxG.ravel()])
     theta_SxP = np.concatenate([fitted.theta[None], boot.theta_SxP[:samples]])
     value = np.concatenate([fitted.law.evaluate(one[None], x_KxR)[0] for one in theta_SxP])
     loss_SxCxG = (np.exp(value) if fitted.law.log else value).reshape(len(theta_SxP), len(c_C), sizes)

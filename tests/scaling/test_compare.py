@@ -27,7 +27,10 @@ def two_families():
 def test_each_group_is_fitted_to_its_own_rows():
     """Rows of another family would move its exponents; the group that cannot be fitted is told, and why."""
     found = compare.by_column(two_families(), "family", "chinchilla", ci="profile")
-    assert list(found.groups) == ["transformer", "lstm"]
+    assert set(found.groups) == {"transformer", "lstm"}
+    assert [min(one.table.column("loss")) for one in found.groups.values()] == sorted(
+        min(one.table.column("loss")) for one in found.groups.values()
+    )
     for name, truth in (("transformer", TRUTH), ("lstm", STEEP)):
         low, high = found.groups[name].intervals["alpha"]
         assert low <= truth["alpha"] <= high and high - low < 0.1

@@ -4,11 +4,12 @@ import dataclasses
 
 import numpy as np
 import pytest
-from simulated import runs
+from simulated import chinchilla, runs
 
 from scaling import laws
 from scaling.analysis import analyse
 from scaling.frontier import bands, span
+from scaling.tables import Table
 
 
 def test_search_and_formula_agree():
@@ -33,3 +34,17 @@ def test_bands_reach_to_what_is_asked():
     assert span(table, reach=1e15)[-1] > 1e15
     (at,) = bands(found.fit, found.bootstrap, table, [1e15])["N_opt"]
     assert at == pytest.approx(laws.optimum(found.fit.parameters, 1e15)[0])
+
+
+def test_a_mixture_of_experts_spends_by_its_active_parameters():
+    """C = 6 N_active D: with all parameters in its place the frontier would lie above every run of its own table."""
+    dense = runs(noise=0.001, budgets=(1e11, 3e11, 1e12, 3e12))
+    n, d = dense.column("N_params"), dense.column("D_tokens")
+    sparse = Table({**dense.columns, "N_params": 4 * n, "N_active": n, "loss": chinchilla(4 * n, d)})
+    found = analyse(sparse, "chinchilla", ci="bootstrap:20")
+    best = bands(found.fit, found.bootstrap, sparse, [1e12])
+    sizes = np.geomspace(1e4, 1e7, 20_001)
+    losses = chinchilla(4 * sizes, 1e12 / 6 / sizes)
+    assert best["loss"][0] == pytest.approx(losses.min(), rel=2e-3)
+    assert best["N_opt"][0] == pytest.approx(4 * sizes[losses.argmin()], rel=0.05)
+    assert best["D_opt"][0] == pytest.approx(1e12 / 6 / sizes[losses.argmin()], rel=0.05)
