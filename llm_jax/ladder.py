@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 
 from llm_jax.config import RULE, BadInput, Config
-from llm_jax.parts import num_params
+from llm_jax.parts import num_params_active
 
 TOKENS_PER_PARAM = 20
 """Hoffmann et al. 2022, Table 3: compute-optimal for their data; the default horizon where none is given."""
@@ -74,7 +74,7 @@ def warmup_steps(n_params: float, batch_tokens: float, num_steps: int) -> int:
 
 def resolve(cfg: Config) -> Config:
     """A copy in which every "rule" is a number, in order: horizon, batch, learning rate, warm-up."""
-    train, n = cfg.train, num_params(cfg.model)
+    train, n = cfg.train, num_params_active(cfg.model, cfg.data.context, cfg.data.prefix)
     if cfg.model.counted:
         if train.tokens == RULE:
             raise BadInput("model.family=ngram has no size before it is counted; give train.tokens a number")

@@ -1,7 +1,7 @@
 """An experiment: a base config, the axes that vary it, and the larger run that its law is to forecast.
 
 Axes are tuples of points, and a point is a dict of overrides by dotted name. Two names are no field: `depth`, the rung of the
-ladder, which sets the shape, and `compute`, a budget C in FLOPs, which sets D = C / 6N for whatever shape the point has.
+ladder, which sets the shape, and `compute`, a budget C in FLOPs, which sets D = C / 6N, N active, for whatever shape the point has.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from llm_jax import ladder
 from llm_jax.config import BadInput, Config, Data, Model, Train, did_you_mean, field_names, fingerprint, override
 from llm_jax.ladder import Ladder
-from llm_jax.parts import num_params
+from llm_jax.parts import num_params_active
 from scaling import cost
 
 Point = Mapping[str, Any]
@@ -104,7 +104,8 @@ class Trial:
     @property
     def counts(self) -> dict[str, float]:
         """N, D and C under each convention, by column of the ledger."""
-        return cost.counts(self.config.model, self.config.data.context, int(self.config.train.tokens))
+        data = self.config.data
+        return cost.counts(self.config.model, data.context, int(self.config.train.tokens), data.prefix)
 
 
 def trial(base: Config, rungs: Ladder, point: Point) -> Trial:
@@ -120,9 +121,8 @@ def trial(base: Config, rungs: Ladder, point: Point) -> Trial:
             raise BadInput(
                 "model.family=ngram has no size before it is counted, so that compute sets no D; give train.tokens"
             )
-        config = override(
-            config, {"train.tokens": max(1, round(float(point["compute"]) / (6 * num_params(config.model))))}
-        )
+        n_active = num_params_active(config.model, config.data.context, config.data.prefix)
+        config = override(config, {"train.tokens": max(1, round(float(point["compute"]) / (6 * n_active)))})
     return Trial(ladder.resolve(config), dict(point))
 
 
