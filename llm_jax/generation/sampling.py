@@ -25,7 +25,7 @@ def sample_token(logits_BxV: jax.Array, key: jax.Array, temperature: float, top_
     return jax.random.categorical(key, logits_BxV / temperature, axis=-1).astype(jnp.int32)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "num_tokens", "temperature", "top_k"))
+@functools.partial(jax.jit, static_argnames=("model", "num_tokens", "temperature", "top_k", "prefix"))
 def generate(
     model: Model,
     params: Any,
@@ -35,11 +35,17 @@ def generate(
     num_tokens: int,
     temperature: float = 1.0,
     top_k: int | None = None,
+    segment_BxT: jax.Array | None = None,
+    prefix: int = 0,
 ) -> jax.Array:
-    """`num_tokens` further ids of each row, int32: the prompt in one pass, then a token at a time."""
+    """`num_tokens` further ids of each row, int32: the prompt in one pass, then a token at a time.
+
+    An encoder reads the first `prefix` tokens of the prompt. Prompts of unequal length stand at the right, behind padding that
+    `segment_BxT` numbers as another document.
+    """
     rows, length = prompt_BxT.shape
-    cache = families.init_cache(model, rows, length + num_tokens)
-    logits_BxTxV, cache = families.apply(model, params, prompt_BxT, cache=cache)
+    cache = families.init_cache(model, rows, length + num_tokens, prefix)
+    logits_BxTxV, cache = families.apply(model, params, prompt_BxT, segment_BxT, cache, prefix=prefix)
 
     def one(carry, key):
         cache, logits_BxV = carry

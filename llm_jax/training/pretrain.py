@@ -87,12 +87,12 @@ def evaluate(model: Model, params: Any, held_out: EvalSet, tokenizer: Tokenizer,
         padded[:rows] = held_out.tokens_BxT
         batches = make_batch(padded.reshape(-1, EVAL_ROWS, width), tokenizer, data)
         nll_B = np.asarray(_compiled_nll(model, data.prefix)(params, batches), np.float64).reshape(-1)[:rows]
-    targets_BxT = held_out.tokens_BxT[:, data.prefix + 1 :]
-    tokens_B = (targets_BxT != tokenizer.pad).sum(-1)
+    weights_BxT = make_batch(held_out.tokens_BxT, tokenizer, data).get("weights")
+    tokens_B = np.full(rows, width - 1 - data.prefix) if weights_BxT is None else weights_BxT.sum(-1, dtype=np.float64)
     loss = nll_B.sum() / tokens_B.sum()
     _, cluster_B = np.unique(held_out.document_B, return_inverse=True)
     excess = np.bincount(cluster_B, nll_B - loss * tokens_B)
     clusters = len(excess)
     standard_error = np.sqrt((excess**2).sum() * clusters / max(1, clusters - 1)) / tokens_B.sum()
-    num_bytes = int(tokenizer.token_bytes()[targets_BxT].sum())
+    num_bytes = int(tokenizer.token_bytes()[held_out.tokens_BxT[:, data.prefix + 1 :]].sum())
     return Evaluation(float(loss), float(standard_error), float(nll_B.sum() / num_bytes / np.log(2)))

@@ -1,11 +1,15 @@
 """One step: its sums, its microbatches, and several steps in one call."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm_jax.config import Model, Train
+from llm_jax.config import Data, Model, Train
+from llm_jax.data.pipeline import EvalSet
 from llm_jax.models import transformer
 from llm_jax.training import losses, pretrain
 from llm_jax.training.optimizer import adamw
@@ -17,6 +21,10 @@ pytestmark = pytest.mark.usefixtures("mixed_dtypes")
 
 def batches(steps, rows, seed=0):
     return {"tokens": np.random.default_rng(seed).integers(0, 32, (steps, rows, 9)).astype(np.int32)}
+
+
+TWO_BYTES: Any = SimpleNamespace(bos=0, pad=31, token_bytes=lambda: np.full(32, 2, np.int32))
+"""A tokenizer as far as an evaluation knows one."""
 
 
 def fresh(cfg):
@@ -69,7 +77,7 @@ def test_accumulated_microbatches_equal_one_batch():
 def test_one_call_of_many_steps_equals_many_calls():
     """Stopping between any two steps and going on must give the same bits: calls cut short run the same program."""
     cfg, data, rates = Train(), batches(8, 4), np.linspace(1e-3, 1e-2, 8).astype(np.float32)
-    step = make_train_step(pretrain.loss_fn(MODEL, 1e-4), adamw(cfg))
+    step = make_train_step(pretrain.loss_fn(MODEL, Train(z_loss=1e-4)), adamw(cfg))
     call = make_train_call(step, 8)
     whole, metrics = call(fresh(cfg), data, rates, 8)
     state = fresh(cfg)
@@ -86,7 +94,7 @@ def test_one_call_of_many_steps_equals_many_calls():
 def test_a_call_against_plain_steps():
     """The loop in the compiled call is the plain step, step after step."""
     cfg, data = Train(), batches(5, 4)
-    step = make_train_step(pretrain.loss_fn(MODEL, 0.0), adamw(cfg))
+    step = make_train_step(pretrain.loss_fn(MODEL, Train()), adamw(cfg))
     state = fresh(cfg)
     expected = []
     for i in range(5):
@@ -102,7 +110,7 @@ def test_training_learns_and_dropout_draws_anew_each_step():
     model = Model(num_layers=1, d_model=32, num_heads=1, vocab_size=32, dropout=0.5)
     cfg = Train()
     data = {"tokens": np.tile(np.arange(9, dtype=np.int32), (60, 4, 1))}
-    step = make_train_step(pretrain.loss_fn(model, 0.0), adamw(cfg))
+    step = make_train_step(pretrain.loss_fn(model, Train()), adamw(cfg))
     state = init_state(transformer.init(model, jax.random.key(0)), adamw(cfg).init, 0)
     _, metrics = make_train_call(step, 60)(state, data, np.full(60, 1e-2, np.float32), 60)
     losses_C = np.asarray(metrics["nll"])
@@ -116,13 +124,10 @@ def test_training_learns_and_dropout_draws_anew_each_step():
 
 def test_evaluation_counts_every_row_once_and_its_error_is_by_document():
     """A padded last batch must not enter, and the error must be the cluster formula's."""
-    from llm_jax.data.pipeline import EvalSet
-
     rng = np.random.default_rng(0)
     held = EvalSet(rng.integers(0, 32, (21, 9)).astype(np.int32), np.repeat([0, 1, 2, 3, 4, 5, 6], 3))
     params = transformer.init(MODEL, jax.random.key(1))
-    sizes = np.full(32, 2, np.int32)
-    found = pretrain.evaluate(MODEL, params, held, sizes, bos=0, document_mask=False)
+    found = pretrain.evaluate(MODEL, params, held, TWO_BYTES, Data())
     logits = np.asarray(transformer.apply(MODEL, params, held.tokens_BxT[:, :-1]), np.float64)
     picked = np.take_along_axis(logits, held.tokens_BxT[:, 1:, None], -1)[..., 0]
     nll = np.log(np.exp(logits).sum(-1)) - picked
