@@ -45,6 +45,18 @@ def test_cross_entropy_against_numpy():
     assert float(total) == pytest.approx(((nll + 1e-2 * log_z**2) * weights).sum(), rel=1e-5)
 
 
+def test_label_smoothing_against_numpy():
+    """Szegedy et al. 2016, section 7: cross-entropy with (1 - e) of the target and e / V of every token; reported is the plain loss."""
+    rng = np.random.default_rng(0)
+    logits, targets, weights = rng.normal(size=(2, 5, 7)) * 3, rng.integers(0, 7, (2, 5)), rng.random((2, 5))
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    wanted = 0.9 * np.eye(7)[targets] + 0.1 / 7
+    arrays = jnp.asarray(logits, jnp.float32), jnp.asarray(targets), jnp.asarray(weights, jnp.float32)
+    total, sums = losses.cross_entropy(*arrays, label_smoothing=0.1)
+    assert float(total) == pytest.approx(-((wanted * log_p).sum(-1) * weights).sum(), rel=1e-5)
+    assert float(sums["nll"]) == pytest.approx(float(losses.cross_entropy(*arrays)[0]), rel=1e-6)
+
+
 def test_bf16_logits_are_scored_in_float32():
     """A loss in bfloat16 has steps of a hundredth of a nat."""
     logits = jnp.full((1, 1, 1000), 3.0, jnp.bfloat16)
@@ -135,3 +147,26 @@ def test_evaluation_counts_every_row_once_and_its_error_is_by_document():
     assert found.bits_per_byte == pytest.approx(nll.mean() / 2 / np.log(2), rel=1e-5)
     by_document = nll.reshape(7, -1).mean(1)  # equally large: the ratio estimate is the plain one
     assert found.standard_error == pytest.approx(by_document.std(ddof=1) / 7**0.5, rel=1e-3)
+
+
+def test_the_prefix_is_not_scored():
+    """Trained and evaluated on the same targets, those after the prefix, whatever the family; padding of pairs weighs nothing."""
+    rng = np.random.default_rng(0)
+    rows = rng.integers(1, 30, (5, 9)).astype(np.int32)
+    held, params = EvalSet(rows, np.arange(5)), transformer.init(MODEL, jax.random.key(1))
+
+    def scored(data, mask_BxT, segment_BxT=None):
+        logits = np.asarray(transformer.apply(MODEL, params, rows[:, :-1], segment_BxT), np.float64)
+        nll = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, rows[:, 1:, None], -1)[..., 0]
+        expected = (nll * mask_BxT).sum() / mask_BxT.sum()
+        found = pretrain.evaluate(MODEL, params, held, TWO_BYTES, data)
+        batch = pretrain.make_batch(rows, TWO_BYTES, data)
+        total, sums = pretrain.loss_fn(MODEL, Train(), data.prefix)(params, batch, jax.random.key(0))
+        assert found.loss == pytest.approx(expected, rel=1e-5)
+        assert float(total) / float(sums["weight"]) == pytest.approx(expected, rel=1e-5)
+
+    after = np.broadcast_to(np.arange(8) >= 3, (5, 8))
+    scored(Data(context=8, prefix=3), after)
+    rows[:2, :2], rows[1:3, 7:] = TWO_BYTES.pad, TWO_BYTES.pad
+    pairs = Data(source="pairs", files=("x.tsv",), context=8, prefix=3)
+    scored(pairs, after & (rows[:, 1:] != TWO_BYTES.pad), (rows[:, :-1] == TWO_BYTES.pad).astype(np.int32))
