@@ -4,8 +4,8 @@
     llm-jax fit runs/synthetic
     llm-jax report runs/synthetic
 
-Two CPU cores, three minutes. Measured 2026-11-22 against the true 0.8599 nats a token: E = 0.818 [0.712, 0.903] with seed 0, 0.859
-[0.817, 0.895] with seed 1, 0.816 [0.671, 0.908] with seed 2; alpha 0.65 to 0.78, beta 0.36 to 0.44; minima inside the grid of each budget.
+Two CPU cores, three minutes. Measured 2026-11-22 against the true 0.8599 nats a token: E = 0.818 [0.774, 0.872] with seed 0, 0.859
+[0.830, 0.895] with seed 1, 0.816 [0.750, 0.881] with seed 2; alpha 0.65 to 0.78, beta 0.36 to 0.44; minima inside the grid of each budget.
 """
 
 from llm_jax.config import Data, Model, Synthetic, Train

@@ -96,6 +96,7 @@ class Model:
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     """Not read by feedforward, which has none."""
     norm_position: Literal["pre", "post"] = "pre"
+    """Read by transformer alone; lstm and rnn are pre-norm."""
     positions: Literal["rotary", "learned", "sinusoidal"] = "rotary"
     rope_theta: float = 10_000.0
     max_context: int = 2048
@@ -105,7 +106,7 @@ class Model:
     qk_norm: bool = True
     """RMSNorm on queries and keys (Dehghani et al. 2023): keeps high learning rates stable."""
     logit_softcap: float | None = None
-    """logits = cap * tanh(logits / cap), as in Gemma 2."""
+    """logits = cap * tanh(logits / cap), as in Gemma 2. Read by transformer alone."""
     window: int | None = None
     """Sliding-window attention: positions a token sees, itself included. Refused by encoder_decoder."""
     ngram_order: int = 5
@@ -463,3 +464,11 @@ def fingerprint(value: Any) -> str:
     if dataclasses.is_dataclass(value):
         value = to_dict(value)
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def trunk_key(cfg: Config, data_fingerprint: str) -> str:
+    """Names what a wsd run is until its cool-down: equal for runs that differ in their horizon alone."""
+    tree = to_dict(cfg)
+    for name in ("tokens", "decay_fraction", "final_lr", "checkpoint_every", "eval_every"):
+        del tree["train"][name]
+    return fingerprint([tree, data_fingerprint])

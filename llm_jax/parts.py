@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from llm_jax.config import Model
@@ -226,7 +226,7 @@ def _recurrent_blocks(name: str, model: Model, layers: int) -> list[Part]:
 def _feedforward(model: Model, context: int) -> tuple[Part, ...]:
     seen, hidden, vocab = model.ngram_order - 1, model.ff_width, model.vocab_size
     found = (
-        _embedding(model),
+        replace(_embedding(model), outputs=seen * model.d_model),
         Part("hidden", "matrices", (seen, model.d_model, hidden), hidden),
         Part("bias", "bias", (hidden,), 0),
         _matrix("head", hidden, (vocab,), kind="head"),

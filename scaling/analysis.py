@@ -1,13 +1,11 @@
-"""What a table says: the fit with its intervals, the isoFLOP minima, the warnings; and the report that is made of them."""
+"""What a table says: the fit with its intervals, the isoFLOP minima, and all warnings."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
-import platform
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +13,22 @@ import numpy as np
 
 from llm_jax import files
 from llm_jax.config import BadInput, did_you_mean
+from scaling import checks, conventions, frontier, isoflop, laws, ledger, misfit, tables, uncertainty
 from scaling import fit as fitting
-from scaling import forecast, isoflop, laws, ledger, report, tables, uncertainty
+from scaling import intervals as interval_methods
+from scaling.conventions import Counted
 from scaling.fit import Fit
+from scaling.intervals import Intervals, parse_ci
 from scaling.isoflop import Parabola
+from scaling.laws.law import STARTS
 from scaling.procedures import PROCEDURES, Procedure
 from scaling.tables import Table, finite
 from scaling.uncertainty import Bootstrap
 
-MANY_EPOCHS = 4
-"""Muennighoff et al. 2023: up to about four epochs repeated tokens are worth nearly as much as new ones."""
-BAND_POINTS = 41
-
-
 PRINTED = ("law", "n", "objective", "parameters", "warnings")
-"""Keys of what `llm-jax fit --json` prints."""
+"""Keys of what `llm-jax fit --json` prints; "conventions" is one more where they are asked for."""
+
+Ends = dict[str, tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -39,81 +38,178 @@ class Analysis:
     table: Table
     law: str
     formula: str
+    source: str
+    columns: tuple[str, ...]
     n: int
     objective: str
     value: float
     parameters: dict[str, float]
-    intervals: dict[str, tuple[float, float]] | None
-    """95 %, by parameter."""
+    by_method: dict[str, Ends]
+    """95 %: {method: {parameter: (low, high)}}, infinite where the data gives no bound; the first is the one to quote."""
     unbounded: frozenset[str]
     """Parameters that the data does not bound on one side or the other."""
     warnings: list[str]
-    parabolas: list[Parabola]
-    fit: Fit | None
+    parabolas: list[Parabola] = field(default_factory=list)
+    conventions: list[Counted] = field(default_factory=list)
+    fit: Fit | None = None
     """None for a procedure, which fits no one law."""
-    bootstrap: Bootstrap | None
+    found: list[Intervals] = field(default_factory=list)
+    """What `by_method` is made of; empty for a procedure."""
+
+    @property
+    def intervals(self) -> Ends | None:
+        """Those to quote."""
+        return next(iter(self.by_method.values()), None)
+
+    @property
+    def bootstrap(self) -> Bootstrap | None:
+        """The resamples, where there are any."""
+        return next((one.bootstrap for one in self.found if one.bootstrap), None)
 
     def to_dict(self) -> dict[str, Any]:
         """All that was found, for the report and for RUN/fit.json."""
-        parameters = {}
+        parameters: dict[str, dict[str, Any]] = {}
         for name, value in self.parameters.items():
-            interval = self.intervals.get(name) if self.intervals else None
+            interval = (self.intervals or {}).get(name)
             parameters[name] = {
                 "value": value,
                 "interval": list(interval) if interval else None,
                 "unbounded": name in self.unbounded,
             }
+            if len(self.by_method) > 1 and interval:
+                parameters[name]["intervals"] = {method: list(ends[name]) for method, ends in self.by_method.items()}
         found: dict[str, Any] = {
             "law": self.law,
             "formula": self.formula,
+            "source": self.source,
+            "columns": list(self.columns),
             "n": self.n,
             "objective": {"name": self.objective, "value": self.value},
             "parameters": parameters,
             "warnings": self.warnings,
         }
+        if self.fit:
+            found["held"] = sorted(self.fit.held)
+            optimizer = "damped Gauss-Newton steps (Levenberg-Marquardt), all starts side by side"
+            found["search"] = {"optimizer": optimizer, "starts": STARTS, "agreeing": self.fit.starts_agreeing}
+        if self.bootstrap:
+            found["bootstrap"] = {"samples": len(self.bootstrap.theta_SxP), "by": self.bootstrap.drawn}
         if self.parabolas:
             found["isoflop"] = [_parabola(one) for one in self.parabolas]
+        if self.conventions:
+            found["conventions"] = [
+                {
+                    "count": one.name,
+                    "N": one.sizes,
+                    "C": one.compute,
+                    "exponents": {name: list(values) for name, values in one.exponents.items()},
+                }
+                for one in self.conventions
+            ]
         return found
 
-    def to_json(self) -> str:
+    def to_json(self, with_conventions: bool = False) -> str:
         """What `llm-jax fit --json` prints: PRINTED of `to_dict`, on one line."""
-        found = self.to_dict()
-        return json.dumps(finite({name: found[name] for name in PRINTED}))
+        found = {"conventions": []} | self.to_dict()
+        return json.dumps(finite({name: found[name] for name in (*PRINTED, *["conventions"] * with_conventions)}))
 
-    def summary(self) -> str:
+    def summary(self, with_conventions: bool = False) -> str:
         """What `llm-jax fit` prints for people: the law, its numbers, the isoFLOP minima, then all warnings."""
+        lines = [f"{self.law}: {self.formula}", *self._parameter_lines()]
+        told = f"  {self.n} rows, {self.objective} {self.value:.6g}"
         if self.fit:
-            text = dataclasses.replace(self.fit, warnings=()).summary(self.intervals)  # they are among ours
-        else:
-            lines = [f"{self.law}: {self.formula}"]
-            for name, value in self.parameters.items():
-                given = self.intervals.get(name) if self.intervals else None
-                lines.append(
-                    f"  {name:<6} {value:<10.6g}" + (f"  95% [{given[0]:.4g}, {given[1]:.4g}]" if given else "")
-                )
-            text = "\n".join(line.rstrip() for line in [*lines, f"  {self.n} rows, {self.objective} {self.value:.6g}"])
+            rms = float(np.sqrt(np.mean(self.fit.residuals**2)))
+            told += f", residual rms {f'{100 * rms:.2f} %' if self.fit.law.log else f'{rms:.3g}'}"
+            told += f"; {100 * self.fit.starts_agreeing:.0f} % of {STARTS} starts agree"
+        lines.append(told)
+        if self.found:
+            lines += self._correlation_lines(self.found[0])
+        lines += self._optimum_lines()
         for one in self.parabolas:
             low, high = (end if end == end else limit for end, limit in zip(one.n_interval, (0, math.inf), strict=True))
-            text += f"\n  C = {one.budget:.3g}: N* = {one.n_opt:.3g} [{low:.3g}, {high:.3g}], D* = {one.d_opt:.3g}, loss {one.loss_opt:.4f}"
-        return "\n".join([text, *(f"  warning: {warning}" for warning in self.warnings)])
+            at, n = f"{one.budget:.3g}", f"{one.n_opt:.3g} [{low:.3g}, {high:.3g}]"
+            lines.append(f"  isoFLOP minimum at C = {at}: N* = {n}, D* = {one.d_opt:.3g}, loss {one.loss_opt:.4f}")
+        if with_conventions and self.conventions:
+            lines += ["", *(f"  {line}" for line in conventions.describe(self.conventions).splitlines())]
+        return "\n".join([*lines, *(f"  warning: {warning}" for warning in self.warnings)])
+
+    def _parameter_lines(self) -> list[str]:
+        around = {one.method: f" ({one.objective})" for one in self.found if one.objective != self.objective}
+        rows = [["", "", *(f"95 % by {method}{around.get(method, '')}" for method in self.by_method)]]
+        for name, value in self.parameters.items():
+            shown = [_ends(ends[name]) if name in ends else "" for ends in self.by_method.values()]
+            held = ["held"] if self.fit and name in self.fit.held else []
+            rows.append([name, f"{value:.6g}", *(held or shown)])
+        width = max(map(len, rows))
+        rows = [row + [""] * (width - len(row)) for row in rows]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        text = ["  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return text if self.by_method else text[1:]
+
+    def _optimum_lines(self) -> list[str]:
+        """The best size and tokens at the table's largest compute and at ten times that."""
+        if not (self.fit and self.bootstrap):
+            return []
+        largest = float(self.table.column("C_flops").max()) if "C_flops" in self.table.columns else 0.0
+        best = frontier.bands(self.fit, self.bootstrap, self.table, (largest, 10 * largest)) if largest else None
+        if best is None:
+            return []
+        lines = []
+        for i, compute in enumerate(best["C"]):
+            n, d = ([best[f"{name}_{end}"][i] for end in ("opt", "low", "high")] for name in "ND")
+            shown = (f"{name}* = {v[0]:.3g} [{v[1]:.3g}, {v[2]:.3g}]" for name, v in (("N", n), ("D", d)))
+            lines.append(f"  compute-optimal at C = {compute:.3g}: {', '.join(shown)}, D*/N* = {d[0] / n[0]:.3g}")
+        return lines
+
+    def _correlation_lines(self, found: Intervals) -> list[str]:
+        names = list(found.intervals)
+        at = [list(self.parameters).index(name) for name in names]
+        width = max(5, *map(len, names))
+        lines = ["  correlations  " + " ".join(name.rjust(width) for name in names)] if len(names) > 1 else []
+        for place, i in enumerate(at[1:], 1):
+            shown = (found.correlations_PxP[i, j] for j in at[:place])
+            cells = " ".join((f"{value:.2f}" if np.isfinite(value) else "").rjust(width) for value in shown)
+            lines.append(f"    {names[place]:<12}{cells}".rstrip())
+        return lines
+
+
+def _ends(interval: tuple[float, float]) -> str:
+    low, high = interval
+    if np.isinf(low) and np.isinf(high):
+        return "unbounded"
+    if np.isinf(low):
+        return f"unbounded below, to {high:.4g}"
+    return f"unbounded above, from {low:.4g}" if np.isinf(high) else f"[{low:.4g}, {high:.4g}]"
 
 
 def analyse(
-    table: Table, law: str, objective: str = "", ci: str = "bootstrap", hold: Mapping[str, float] | None = None
+    table: Table,
+    law: str,
+    objective: str = "",
+    ci: str = "all",
+    hold: Mapping[str, float] | None = None,
+    cluster: str = "",
 ) -> Analysis:
-    """Fits a law, resamples it, and looks for what would make the numbers misleading.
+    """Fits a law, says how well the table determines it, and looks for what would make the numbers misleading.
 
-    `objective` as in fit.fit; `ci` is "none", "bootstrap" or "bootstrap:N"; `hold` gives parameters their values.
+    `objective` as in fit.fit; `ci` as in intervals.parse_ci; `hold` gives parameters their values; `cluster` names the column
+    whose equal values mark rows that share their noise.
     """
-    _, samples = uncertainty.parse_intervals(ci)
+    methods, samples = parse_ci(ci)
     if law in PROCEDURES:
-        if hold:
-            raise BadInput(f"{law} has nothing to hold: it fits no one law")
-        return _procedure(table, PROCEDURES[law], objective, samples)
+        if hold or cluster:
+            raise BadInput(f"{law} fits no one law: --{'hold' if hold else 'cluster'} has no meaning for it")
+        return _procedure(table, PROCEDURES[law], objective, methods, samples)
     chosen = named(law, table.columns)
     fitted = fitting.fit(chosen, table, objective, hold)
-    boot = uncertainty.bootstrap(fitted, table, samples) if samples else None
-    ends = uncertainty.open_ends(fitted, table)
+    found = [interval_methods.intervals(fitted, table, one, cluster=cluster, samples=samples) for one in methods]
+    open_ends = uncertainty.open_ends(fitted, table)
+    by_method = {one.method: _opened(one.intervals, open_ends) for one in found}
+    rough = found[0] if found else interval_methods.intervals(fitted, table, "hessian")
+    ends = _opened(rough.intervals, open_ends)
+    unbounded = (
+        set(fitted.at_bound) | set(open_ends) | {name for name, end in ends.items() if found and np.isinf(end).any()}
+    )
     parameters = dict(fitted.parameters)
     if fitted.sigma is not None:
         parameters["sigma"] = fitted.sigma
@@ -122,31 +218,48 @@ def analyse(
         parabolas = isoflop.parabolas(table) if chosen.target == "loss" and "budget" in table.columns else []
     except BadInput:
         parabolas = []
-    warnings = list(fitted.warnings)
-    for name, sides in ends.items():
-        for side in sides:
-            if fitted.at_bound.get(name) != side:
-                where = "above" if side == "upper" else "below"
-                warnings.append(f"{name} is not bounded {where} by this data")
-    intervals = {name: one for name, one in boot.intervals.items() if name not in fitted.held} if boot else None
-    warnings += uncertainty.disagreement(fitted, table, intervals)
-    warnings += [one.warning for one in parabolas if one.warning]
-    warnings += _repetition(table, chosen)
+    counted = conventions.under_each(chosen, table, objective) if methods and not hold else []
+    warnings = [
+        *fitted.warnings,
+        *checks.open_sides(fitted, open_ends),
+        *filter(None, [misfit.warning(fitted, table, cluster)]),
+        *checks.outliers(fitted, by_method.get("profile", {}), rough.objective),
+        *checks.disagreement(fitted, table, ends),
+        *(one.warning for one in parabolas if one.warning),
+        *checks.repetition(table, chosen),
+        *checks.decay(table),
+        *checks.shared_noise(table, cluster),
+        *conventions.warnings(counted),
+    ]
     return Analysis(
         table=table,
         law=fitted.law.name,
         formula=fitted.law.formula,
+        source=fitted.law.source,
+        columns=fitted.law.columns,
         n=fitted.n,
         objective=fitted.objective,
         value=fitted.value,
         parameters=parameters,
-        intervals=intervals,
-        unbounded=frozenset(fitted.at_bound) | frozenset(ends),
+        by_method=by_method,
+        unbounded=frozenset(unbounded),
         warnings=warnings,
         parabolas=parabolas,
+        conventions=counted,
         fit=fitted,
-        bootstrap=boot,
+        found=found,
     )
+
+
+def _opened(intervals: Ends, open_ends: Mapping[str, tuple[str, ...]]) -> Ends:
+    """Intervals without an end where the fit's own objective has none either: a robust loss may see one where it sees none."""
+    return {
+        name: (
+            -math.inf if "lower" in open_ends.get(name, ()) else low,
+            math.inf if "upper" in open_ends.get(name, ()) else high,
+        )
+        for name, (low, high) in intervals.items()
+    }
 
 
 def named(law: str, columns: Iterable[str] = ()) -> laws.Law:
@@ -162,41 +275,38 @@ def listing() -> str:
     return "\n".join([*lines, "path/to/file.py:function  a law of your own"])
 
 
-def _procedure(table: Table, procedure: Procedure, objective: str, samples: int) -> Analysis:
-    found = procedure.run(table, objective, samples)
+def _procedure(table: Table, procedure: Procedure, objective: str, methods: Sequence[str], samples: int) -> Analysis:
+    if methods and "bootstrap" not in methods:
+        raise BadInput(f"{procedure.name} has intervals by bootstrap alone, not by {methods[0]}")
+    found = procedure.run(table, objective, samples if methods else 0)
+    skew = filter(None, [misfit.skewed(table)]) if procedure.name == "isoflop" else ()
+    allocates = bool(methods) and procedure.columns[-1] == "C_flops"
+    counted = conventions.under_each(procedure.name, table) if allocates else []
     return Analysis(
         table=table,
         law=procedure.name,
         formula=procedure.formula,
+        source=procedure.source,
+        columns=procedure.columns,
         n=found.n,
         objective=found.objective,
         value=found.value,
         parameters=found.parameters,
-        intervals=found.intervals,
+        by_method={"bootstrap": found.intervals} if found.intervals else {},
         unbounded=frozenset(),
-        warnings=found.warnings,
-        parabolas=[],
-        fit=None,
-        bootstrap=None,
+        warnings=[*found.warnings, *skew, *checks.decay(table), *conventions.warnings(counted)],
+        conventions=counted,
     )
 
 
-def _repetition(table: Table, law: laws.Law) -> list[str]:
-    """A warning where tokens repeat, unless the law knows of it."""
-    columns = table.columns
-    if "D_unique" in law.columns or "epochs" not in columns or columns["epochs"].dtype.kind != "f":
-        return []
-    many = columns["epochs"] > MANY_EPOCHS
-    if not many.any():
-        return []
-    return [
-        f"{int(many.sum())} trials repeat their data more than {MANY_EPOCHS} times, one "
-        f"{np.nanmax(columns['epochs']):.1f} times: their loss is that of fewer tokens (Muennighoff et al. 2023)"
-    ]
-
-
 def fit_table(
-    path: Path, law: str, objective: str = "", where: str = "", ci: str = "bootstrap", hold: Sequence[str] = ()
+    path: Path,
+    law: str,
+    objective: str = "",
+    where: str = "",
+    ci: str = "all",
+    hold: Sequence[str] = (),
+    cluster: str = "",
 ) -> Analysis:
     """`llm-jax fit`: of a run directory or a CSV. In a run directory the answer is kept as fit.json.
 
@@ -209,7 +319,7 @@ def fit_table(
     table = tables.read(path)
     if where:
         table = table.where(where)
-    found = analyse(table, law, objective, ci, dict(map(_held, hold)))
+    found = analyse(table, law, objective, ci, dict(map(_held, hold)), cluster)
     if path.is_dir() and not where:
         files.write_json(path / "fit.json", finite(found.to_dict()))
     return found
@@ -221,48 +331,6 @@ def _held(text: str) -> tuple[str, float]:
         return name.strip(), float(value)
     except ValueError:
         raise BadInput(f'--hold takes NAME=VALUE, as in E=1.7; got "{text}"') from None
-
-
-def write_report(folder: Path) -> tuple[Path, str]:
-    """RUN/report.html with its figures; returns its path and the summary for the terminal."""
-    described = ledger.describe(folder)
-    rows = ledger.rows(folder)
-    found, problems = None, []
-    failed = [row for row in rows if row["status"] == "failed"]
-    if failed:
-        problems.append(f"{len(failed)} of {len(rows)} trials failed: {failed[0]['id']}, {failed[0]['reason']}")
-    if (folder / "table.csv").exists():
-        try:
-            found = analyse(tables.read(folder), described["law"])
-        except BadInput as error:
-            problems.append(f"no law was fitted: {error}")
-    known = {
-        name: files.read_json(folder / f"{name}.json") if (folder / f"{name}.json").exists() else None
-        for name in ("forecast", "verify")
-    }
-    content = report.Content(
-        title=described["name"],
-        docstring=described["docstring"],
-        trials=[finite(row) for row in rows],
-        curves={row["id"]: _curve(folder, row["id"]) for row in rows},
-        fit=finite(found.to_dict()) if found else None,
-        isoflop=[_parabola(one) for one in found.parabolas] if found else [],
-        bands=_bands(found, known["forecast"]) if found and found.bootstrap else None,
-        forecast=known["forecast"],
-        verify=known["verify"] if known["verify"] and known["verify"]["measured"] is not None else None,
-        entropy=described["entropy"],
-        warnings=problems + (found.warnings if found else []),
-        facts=_facts(folder, described, rows),
-    )
-    path = report.write(content, folder)
-    lines = [found.summary() if found else "no law was fitted"]
-    if described["entropy"] is not None:
-        lines.append(f"true irreducible loss {described['entropy']:.4f}")
-    if known["verify"]:
-        lines.append(forecast.describe_verdict(folder, known["verify"]))
-    elif known["forecast"]:
-        lines.append(forecast.describe(known["forecast"]))
-    return path, "\n".join(lines)
 
 
 def _parabola(one: Parabola) -> dict[str, Any]:
@@ -277,104 +345,3 @@ def _parabola(one: Parabola) -> dict[str, Any]:
             "edge": one.edge,
         }
     )
-
-
-def _bands(found: Analysis, registered: dict[str, Any] | None) -> dict[str, Any] | None:
-    """N*, D* and the loss along the compute-optimal frontier, with the 95 % band of the bootstrap; None where the fit has no optimum.
-
-    Resamples whose own fit has none are left out.
-    """
-    if found.fit is None or found.bootstrap is None or found.fit.law.columns != ("N_params", "D_tokens"):
-        return None
-    compute = found.table.column("C_flops")
-    top = max(compute.max(), registered["target"]["C"] if registered else 0.0)
-    c_C = np.geomspace(compute.min() / 1.3, top * 1.3, BAND_POINTS)
-    if found.fit.law.name != "chinchilla":
-        return _bands_by_search(found.fit, found.bootstrap, found.table.column("N_params"), c_C)
-    samples = found.bootstrap.parameters
-    usable = np.all([samples[name] > 0 for name in ("A", "B", "alpha", "beta")], axis=0)
-    try:
-        n_C, d_C = np.asarray([laws.optimum(found.fit.parameters, float(c)) for c in c_C]).T
-    except BadInput:
-        return None
-    if not usable.any():
-        return None
-    rows = [{name: values[i] for name, values in samples.items()} for i in np.flatnonzero(usable)]
-    n_SxC, d_SxC = np.moveaxis(np.asarray([[laws.optimum(row, float(c)) for c in c_C] for row in rows]), -1, 0)
-    part = {name: values[usable][:, None] for name, values in samples.items()}
-    loss_SxC = part["E"] + part["A"] / n_SxC ** part["alpha"] + part["B"] / d_SxC ** part["beta"]
-    bands = {
-        "C": c_C.tolist(),
-        "loss": found.fit.predict(n_C, d_C).tolist(),
-        "N_opt": n_C.tolist(),
-        "D_opt": d_C.tolist(),
-    }
-    for name, values_SxC in (("N", n_SxC), ("D", d_SxC), ("loss", loss_SxC)):
-        low_C, high_C = np.quantile(values_SxC, [0.025, 0.975], axis=0)
-        bands |= {f"{name}_low": low_C.tolist(), f"{name}_high": high_C.tolist()}
-    return bands
-
-
-def _bands_by_search(
-    fitted: Fit, boot: Bootstrap, n_R: np.ndarray, c_C: np.ndarray, sizes: int = 121, samples: int = 100
-) -> dict[str, Any] | None:
-    """The same for a law without a formula for its optimum, by search over a grid of sizes; None where it lies at an end."""
-    log_n_G = np.linspace(np.log(n_R.min()) - 4, np.log(n_R.max()) + 4, sizes)
-    x_KxR = np.stack([np.tile(log_n_G, len(c_C)), (np.log(c_C / 6)[:, None] - log_n_G).ravel()])
-    theta_SxP = np.concatenate([fitted.theta[None], boot.theta_SxP[:samples]])
-    value = np.concatenate([fitted.law.evaluate(one[None], x_KxR)[0] for one in theta_SxP])
-    loss_SxCxG = (np.exp(value) if fitted.law.log else value).reshape(len(theta_SxP), len(c_C), sizes)
-    at_SxC = loss_SxCxG.argmin(2)
-    inside_S = np.isfinite(loss_SxCxG).all((1, 2)) & ((at_SxC > 0) & (at_SxC < sizes - 1)).all(1)
-    if not inside_S[0] or inside_S.sum() < 2:
-        return None
-    below, here, above = (
-        np.take_along_axis(loss_SxCxG, (at_SxC + step)[..., None].clip(0, sizes - 1), 2)[..., 0] for step in (-1, 0, 1)
-    )
-    offset_SxC = 0.5 * (below - above) / np.maximum(below - 2 * here + above, 1e-300)
-    n_SxC = np.exp(log_n_G[at_SxC] + np.clip(offset_SxC, -0.5, 0.5) * (log_n_G[1] - log_n_G[0]))
-    bands: dict[str, Any] = {"C": c_C.tolist(), "loss": here[0].tolist()}
-    bands |= {"N_opt": n_SxC[0].tolist(), "D_opt": (c_C / 6 / n_SxC[0]).tolist()}
-    for name, values_SxC in (("N", n_SxC), ("D", c_C / 6 / n_SxC), ("loss", here)):
-        low_C, high_C = np.quantile(values_SxC[inside_S], [0.025, 0.975], axis=0)
-        bands |= {f"{name}_low": low_C.tolist(), f"{name}_high": high_C.tolist()}
-    return bands
-
-
-def _curve(folder: Path, trial_id: str) -> dict[str, list[float]]:
-    from llm_jax.training.metrics import read_metrics
-
-    lines = read_metrics(ledger.trial_folder(folder, trial_id))
-    training = [line for line in lines if "loss" in line]
-    evaluated = [line for line in lines if "eval_loss" in line]
-    return {
-        "tokens": [line["tokens"] for line in training],
-        "loss": [line["loss"] for line in training],
-        "eval_tokens": [line["tokens"] for line in evaluated],
-        "eval_loss": [line["eval_loss"] for line in evaluated],
-    }
-
-
-def _facts(folder: Path, described: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, str]:
-    from importlib.metadata import version
-
-    done = [row for row in rows if row["status"] == "done"]
-    spent = sum(row["C_flops"] for row in done)
-    saved = sum(6.0 * row["N_params"] * row["first_step"] * row["tokens_per_step"] for row in rows)
-    hardware = sorted({row["hardware"] for row in rows if row["hardware"]})
-    facts = {
-        "data": f"{described['config']['data']['source']}, fingerprint {described['data']}",
-        "tokenizer": f"{described['config']['data']['tokenizer']}, sha256 {described['tokenizer_sha256'][:12]}",
-        "compute of the sweep": f"{spent:.3g} FLOPs (6 N D)",
-        "time of training": f"{sum(row['seconds'] or 0 for row in rows):.0f} s over all trials",
-        "versions": ", ".join(f"{name} {version(name)}" for name in ("jax", "flax", "optax"))
-        + f", Python {platform.python_version()}",
-    }
-    if saved:
-        facts["compute saved by shared trunks"] = (
-            f"{saved:.3g} FLOPs, {100 * saved / spent:.0f} % of what the sweep would have cost"
-        )
-    if hardware:
-        facts["hardware"] = "; ".join(hardware)
-    facts["ledger"] = f"sha256 {ledger.sha256(folder)[:12]}"
-    return facts

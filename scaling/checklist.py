@@ -83,6 +83,7 @@ def variables(run: Run) -> str | None:
     letters = dict.fromkeys(re.findall(r"\b[A-Za-z]\w*", right))
     meaning = {
         "N": "<i>N</i> (parameters)", "D": "<i>D</i> (training tokens)", "C": "<i>C</i> (compute)",
+        "N_params": "<i>N</i> (parameters)", "D_tokens": "<i>D</i> (training tokens)", "C_flops": "<i>C</i> (compute)",
         "N_eff": "effective <i>N</i>", "D_eff": "effective <i>D</i>", "lr": "learning rate", "batch": "batch",
     }  # fmt: skip
     given = run.fit.get("columns") or [x for x in letters if x not in run.fit["parameters"] and x not in ("e", "ln")]
@@ -339,9 +340,12 @@ def points(run: Run) -> str | None:
 def intervals(run: Run) -> str | None:
     if not run.fit:
         return None
+    kinds = dict.fromkeys(kind for p in run.fit["parameters"].values() for kind in p.get("intervals") or ())
+    quoted = next((kind for kind in kinds if kind != "bootstrap"), "")
     boot = run.fit.get("bootstrap")
     if boot:
-        return joined(f"bootstrap of {boot['samples']:,} resamples", escape(boot.get("by", "")))
+        drawn = f"bootstrap of {boot['samples']:,} resamples"
+        return joined(f"{quoted} likelihood" if quoted == "profile" else quoted, drawn, escape(boot.get("by", "")))
     given = [p for p in run.fit["parameters"].values() if p.get("interval")]
     return "given; <b>not known</b> how many resamples" if given else "none"
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from llm_jax.config import BadInput, Config, did_you_mean, fingerprint
 from scaling.options import (
     BacktestOptions,
+    BenchOptions,
     CalibrateOptions,
     DataOptions,
     ExplainOptions,
@@ -142,8 +143,10 @@ def fit(options: FitOptions) -> None:
         return
     if options.table is None:
         raise BadInput("fit needs a RUN or a TABLE.csv; see llm-jax fit --help")
-    found = analysis.fit_table(options.table, options.law, options.objective, options.where, options.ci, options.hold)
-    print(found.to_json() if options.json else found.summary())
+    found = analysis.fit_table(
+        options.table, options.law, options.objective, options.where, options.ci, options.hold, options.cluster
+    )
+    print(found.to_json(options.conventions) if options.json else found.summary(options.conventions))
 
 
 def backtest(options: BacktestOptions) -> None:
@@ -209,11 +212,25 @@ def calibrate(options: CalibrateOptions) -> None:
     print(jsonlib.dumps({"coverage": tables.finite(rows)}) if options.json else calibration.describe(rows))
 
 
+def bench(options: BenchOptions) -> None:
+    """Times one subject and prints what was found."""
+    # For matrices this small the threads of OpenBLAS only wait for each other; SciPy's L-BFGS-B takes up to ten times longer
+    # with them. It is read when NumPy is loaded.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    from scaling import bench as benchmarks
+    from scaling import tables
+
+    if options.subject not in benchmarks.SUBJECTS:
+        raise BadInput(f'"{options.subject}" is nothing to bench{did_you_mean(options.subject, benchmarks.SUBJECTS)}')
+    found = benchmarks.bench_fit(options.table, options.where, options.full)
+    print(jsonlib.dumps(tables.finite(found)) if options.json else benchmarks.describe(found))
+
+
 def report(options: ReportOptions) -> None:
     """Writes the report and prints its summary and its path."""
-    from scaling import analysis
+    from scaling import content
 
-    path, summary = analysis.write_report(options.run)
+    path, summary = content.write_report(options.run)
     print(jsonlib.dumps({"report": str(path)}) if options.json else f"{summary}\n{path}")
 
 
@@ -299,6 +316,7 @@ VERBS: dict[str, tuple[Any, Callable[[Any], None]]] = {
     "verify": (VerifyOptions, verify),
     "plan": (PlanOptions, plan),
     "calibrate": (CalibrateOptions, calibrate),
+    "bench": (BenchOptions, bench),
     "report": (ReportOptions, report),
     "data": (DataOptions, data),
     "explain": (ExplainOptions, explain),

@@ -68,20 +68,6 @@ class Fit:
         value_1xR, _ = self.law.evaluate(self.theta[None], x_KxR)
         return (np.exp(value_1xR[0]) if self.law.log else value_1xR[0]).reshape(values[0].shape)
 
-    def summary(self, intervals: Mapping[str, tuple[float, float]] | None = None) -> str:
-        """A few lines of text; `intervals` is {parameter: (low, high)}, as in uncertainty.bootstrap."""
-        lines = [f"{self.law.name}: {self.law.formula}"]
-        width = max(6, *map(len, self.parameters))
-        for name, value in self.parameters.items():
-            given = intervals.get(name) if intervals else None
-            shown = f"  {name:<{width}} {value:<10.6g}"
-            lines.append(shown + (f"  95% [{given[0]:.4g}, {given[1]:.4g}]" if given else ""))
-        rms = np.sqrt(np.mean(self.residuals**2))
-        spread = f"{100 * rms:.2f} %" if self.law.log else f"{rms:.3g}"
-        lines.append(f"  {self.n} rows, {self.objective} {self.value:.6g}, residual rms {spread}")
-        lines.append(f"  {100 * self.starts_agreeing:.0f} % of the starts agree")
-        return "\n".join(line.rstrip() for line in lines + [f"  warning: {warning}" for warning in self.warnings])
-
 
 def prepare(law: Law, table: Table) -> tuple[Table, np.ndarray, np.ndarray, list[str]]:
     """The finished rows of a table, their log columns_KxR and target_R (a log where law.log), and warnings.

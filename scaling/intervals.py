@@ -7,7 +7,6 @@ under the objective of the fit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,10 +16,28 @@ from scaling import uncertainty
 from scaling.fit import Fit, prepare
 from scaling.profile import profile_ends
 from scaling.robust import Robust, correlations, covariance, robust, wald_ends
-from scaling.solver import Problem, minimise
 from scaling.tables import Table
+from scaling.uncertainty import Bootstrap
 
 METHODS = ("profile", "hessian", "bootstrap")
+RESAMPLES = 1000
+
+
+def parse_ci(text: str) -> tuple[tuple[str, ...], int]:
+    """The methods of `--ci`, the one whose intervals are quoted first, and the resamples of the bootstrap.
+
+    "all" names all METHODS, "none" none, "bootstrap:200" the bootstrap with 200 resamples. BadInput for others.
+    """
+    method, colon, size = text.partition(":")
+    valid = ("all", "none", *METHODS)
+    if method not in valid:
+        raise BadInput(f'"{text}" names no way to intervals{did_you_mean(method, valid)}')
+    if colon and not (method == "bootstrap" and size.isascii() and size.isdigit() and int(size) > 1):
+        raise BadInput(
+            f'"{text}" names no way to intervals; valid: {", ".join(valid)}, bootstrap:N with N of at least 2'
+        )
+    methods = {"all": METHODS, "none": ()}.get(method, (method,))
+    return methods, int(size or RESAMPLES)
 
 
 @dataclass(frozen=True)
@@ -37,6 +54,8 @@ class Intervals:
     """Such as huber:0.0111."""
     correlations_PxP: np.ndarray
     """Of theta, logs of scales and exponents as they are, in the order of law.parameters; nan for what does not move."""
+    bootstrap: Bootstrap | None = None
+    """The resamples, where they are the method."""
 
     @property
     def unbounded(self) -> dict[str, str]:
@@ -52,7 +71,7 @@ def intervals(
     method: str = "profile",
     level: float = 0.95,
     cluster: str = "",
-    samples: int = 1000,
+    samples: int = RESAMPLES,
     seed: int = 0,
 ) -> Intervals:
     """Intervals of a fit's free parameters by one of METHODS.
@@ -123,13 +142,8 @@ def _bootstrap(
     by_K = law.centre(log_KxR)
     x_KxR = log_KxR - by_K[:, None]
     lower, upper = law.bounds(x_KxR, target)
-    if cluster_R is None:
-        theta_SxP = uncertainty.bootstrap(result, table, samples, seed).theta_SxP
-    else:
-        weights = whole_clusters(cluster_R, samples, int(result.free.sum()), np.random.default_rng(seed))
-        problem = Problem(law, x_KxR, target, result.delta, (lower, upper), weights, free_P=result.free)
-        start_SxP = np.tile(law.shift(result.theta, by_K), (samples, 1))
-        theta_SxP = law.shift(minimise(problem, start_SxP, max_steps=400, tolerance=1e-8)[0], -by_K)
+    resampled = uncertainty.bootstrap(result, table, samples, seed, cluster_R)
+    theta_SxP = resampled.theta_SxP
     tails = [(1 - level) / 2, (1 + level) / 2]
     low_P, high_P = np.quantile(theta_SxP, tails, axis=0)
     # The bounds are of theta for centred columns.
@@ -143,52 +157,5 @@ def _bootstrap(
         estimates=dict(result.parameters),
         objective=result.objective,
         correlations_PxP=correlations(np.cov(theta_SxP.T)),
+        bootstrap=resampled,
     )
-
-
-def whole_clusters(cluster_R: np.ndarray, samples: int, parameters: int, rng: np.random.Generator) -> np.ndarray:
-    """Weights_SxR of whole clusters drawn with replacement (Cameron, Gelbach and Miller 2008).
-
-    As in uncertainty.resample, draws with fewer distinct rows than parameters are drawn again, 20 times at most.
-    """
-    names, member_R = np.unique(cluster_R, return_inverse=True)
-    weights = np.zeros((samples, len(cluster_R)))
-    again = np.arange(samples)
-    for _ in range(20):
-        drawn = rng.integers(0, len(names), (len(again), len(names)))
-        counts = (drawn[:, :, None] == np.arange(len(names))).sum(1)
-        weights[again] = counts[:, member_R]
-        again = again[(weights[again] > 0).sum(1) < parameters]
-        if not len(again):
-            break
-    return weights
-
-
-def side_by_side(
-    result: Fit, table: Table, level: float = 0.95, cluster: str = "", samples: int = 1000
-) -> dict[str, Intervals]:
-    """{method: intervals} of all METHODS."""
-    return {method: intervals(result, table, method, level, cluster, samples) for method in METHODS}
-
-
-def describe(found: Sequence[Intervals], names: Sequence[str]) -> str:
-    """A line a parameter with its interval by each method, then the correlations of the first; `names`: law.parameters."""
-    lines = [["", *(f"{one.method}, {one.objective}" for one in found)]]
-    lines += [[name, *(_shown(one.intervals[name]) for one in found)] for name in names if name in found[0].intervals]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    width = max(6, *map(len, names)) + 2
-    text += ["", f"{'correlations':<14}" + "".join(f"{name:>{width}}" for name in names)]
-    for name, row in zip(names, found[0].correlations_PxP, strict=True):
-        shown = (f"{value:.2f}" if np.isfinite(value) else "" for value in row)
-        text.append(f"  {name:<12}" + "".join(cell.rjust(width) for cell in shown).rstrip())
-    return "\n".join(text)
-
-
-def _shown(interval: tuple[float, float]) -> str:
-    low, high = interval
-    if np.isinf(low) and np.isinf(high):
-        return "unbounded"
-    if np.isinf(low):
-        return f"unbounded below, to {high:.4g}"
-    return f"unbounded above, from {low:.4g}" if np.isinf(high) else f"[{low:.4g}, {high:.4g}]"

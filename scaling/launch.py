@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from llm_jax import files
+from llm_jax.config import trunk_key
 from llm_jax.data.prepare import Prepared
 from llm_jax.training import loop
 from llm_jax.training.optimizer import cooldown_start
@@ -33,7 +34,7 @@ def trunk_groups(trials: Sequence[Trial], prepared: Prepared) -> dict[str, list[
     groups: dict[str, list[Trial]] = {}
     for trial in trials:
         if trial.config.train.schedule == "wsd":
-            groups.setdefault(loop.trunk_key(trial.config, prepared.fingerprint), []).append(trial)
+            groups.setdefault(trunk_key(trial.config, prepared.fingerprint), []).append(trial)
     return {key: sorted(group, key=lambda t: -t.config.num_steps) for key, group in groups.items() if len(group) > 1}
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_jax import files
-from llm_jax.config import BadInput, Config, did_you_mean, from_dict, to_dict
+from llm_jax.config import BadInput, Config, did_you_mean, from_dict, to_dict, trunk_key
 from llm_jax.data.prepare import Prepared
 from llm_jax.training.metrics import read_metrics
 from scaling import tables
@@ -216,6 +216,9 @@ def rows(folder: Path) -> list[dict[str, Any]]:
             "num_steps": trial.config.num_steps,
         }
         row |= {"peak_lr": train.peak_lr, "warmup_steps": train.warmup_steps, "seed": train.seed}
+        branches = train.schedule == "wsd" and result
+        row |= {"schedule": train.schedule, "decay_tokens": train.tokens}  # every schedule ends with its own run
+        row["trunk"] = trunk_key(trial.config, result["data"]) if branches else ""
         row |= {name: result.get(name, math.nan) for name in RESULT_COLUMNS}
         row |= {
             "seconds": timing.get("seconds"),

@@ -81,8 +81,12 @@ class FitOptions:
     """huber:DELTA, l1 or lsq, each with :scale for noise of fitted width, :log or :linear; default: that of the law's paper."""
     where: str = ""
     """Rows to keep, for instance 'excluded_by_paper == 0 and N_params > 1e6'."""
-    ci: str = "bootstrap"
-    """Way to the 95 % intervals: bootstrap, bootstrap:N for N resamples, or none."""
+    ci: str = "all"
+    """Ways to the 95 % intervals: profile, hessian, bootstrap, bootstrap:N for N resamples, all side by side, or none."""
+    cluster: str = ""
+    """A column, such as seed or trunk, whose equal values mark rows that share their noise."""
+    conventions: bool = False
+    """Also show the exponents under every count of N and C that the table has."""
     hold: tuple[str, ...] = ()
     """NAME=VALUE ...: parameters that are given, not fitted."""
     list: bool = False
@@ -173,6 +177,20 @@ class CalibrateOptions:
     seed: int = 0
     csv: Path | None = None
     """Also write the rows there."""
+    json: Json = False
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """Time what is here against what it replaces: fits of scaling laws against the loop over SciPy of published analyses."""
+
+    subject: Annotated[Positional[str], arg(metavar="fit")]
+    table: Annotated[Positional[Path | None], arg(metavar="RUN|TABLE.csv")] = None
+    """Runs to fit Chinchilla's law to; default: 240 simulated ones with 1 % noise."""
+    where: str = ""
+    """Rows to keep, as for llm-jax fit."""
+    full: bool = False
+    """Time all of SciPy's 4,500 starts and 4,000 bootstraps, not a random sample of each that is scaled up."""
     json: Json = False
 
 

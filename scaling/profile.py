@@ -104,7 +104,9 @@ def _search(
     covariance = inverse(rows_inside(found))[table_S, :, p_S]
     variance_S = np.maximum(covariance[each, p_S], 1e-300)
     slope_SxP = np.nan_to_num(side_S[:, None] * covariance / variance_S[:, None])
-    distance_S = np.minimum(limit * np.sqrt(variance_S / information_S), room_S / 4)
+    # At a bound the parameter has no curvature to judge a first step by.
+    distance_S = np.where(covariance[each, p_S] > 0, limit * np.sqrt(variance_S / information_S), np.inf)
+    distance_S = np.minimum(distance_S, room_S / 4)
     near_S, near_f, near_SxP = np.zeros(len(p_S)), np.zeros(len(p_S)), centre_SxP.copy()
     far_S, far_f = np.full(len(p_S), np.inf), np.full(len(p_S), np.inf)
     end_S = np.full(len(p_S), np.inf)

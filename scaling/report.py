@@ -54,7 +54,8 @@ class Content:
     """law, formula, n, objective {name, value}, parameters {NAME: {value, interval [low, high] or None, unbounded}},
     warnings. Perhaps in a parameter: intervals {"bootstrap": [low, high], "profile": ..., "Hessian": ...}, an end None where
     there is none. Perhaps, for the checklist: source (paper and equation), columns (that the law reads), held (names),
-    search {optimizer, starts, agreeing (a share)}, bootstrap {samples, by (what is resampled, in words)}."""
+    search {optimizer, starts, agreeing (a share)}, bootstrap {samples, by (what is resampled, in words)}. Perhaps
+    conventions: [{count (in words), exponents {NAME: [value, low, high]}}]."""
     isoflop: list[dict[str, Any]]
     """Per budget: budget, coefficients [c2, c1, c0] of loss in ln N, N_opt, N_opt_interval, D_opt, loss_opt,
     edge (None, low, high)."""
@@ -223,6 +224,21 @@ def law(content: Content) -> Iterator[Block]:
     yield f'<p class="note">Objective {name} = {least} over {fit["n"]} trials.</p>'
 
 
+def counts(content: Content) -> Iterator[Block]:
+    """The exponents under every count of N and C that the ledger has."""
+    found = (content.fit or {}).get("conventions", [])
+    names = list(dict.fromkeys(name for one in found for name in one["exponents"]))
+    rows = []
+    for one in found:
+        ends = [one["exponents"].get(name) for name in names]
+        cells = (f"{number(e[0], 3)} {interval(e[1:], lambda v: number(v, 3))}" if e else "" for e in ends)
+        rows.append((escape(one["count"]), *cells))
+    if rows:
+        yield "<h2>Exponents under each count</h2>"
+        heads = ("N* ~ C^a" if name == "a" else drawing.GREEK.get(name, name) for name in names)
+        yield html_table(("N and C counted as", *heads), rows)
+
+
 def minima(content: Content) -> Iterator[Block]:
     """The best size of each budget."""
     rows = []
@@ -344,7 +360,7 @@ def save(plot: Plot, shelf: Path) -> str:
     return card(plot, picture)
 
 
-SECTIONS: tuple[Section, ...] = (heading, verdict, warnings, plots, law, minima, trials, provenance, misfitting)
+SECTIONS: tuple[Section, ...] = (heading, verdict, warnings, plots, law, minima, counts, trials, provenance, misfitting)
 
 
 def write(content: Content, folder: Path) -> Path:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
+import functools
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -109,6 +113,10 @@ class Problem:
     """Of a normal prior around zero: adds sum_p precision_p theta_p^2 / 2. None: none."""
 
 
+Solver = Callable[[Problem, np.ndarray, int, float], tuple[np.ndarray, np.ndarray, np.ndarray]]
+"""`minimise`, or `accelerated.minimise`."""
+
+
 def minimise(
     problem: Problem, theta_SxP: np.ndarray, max_steps: int = 150, tolerance: float = 1e-10
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -119,31 +127,53 @@ def minimise(
     least squares creeps for hundreds. A problem stops when its step promises less than `tolerance` times its value.
     """
     if problem.delta == 0:
-        return _least_absolute(problem, theta_SxP, max_steps, tolerance)
+        return least_absolute(problem, theta_SxP, max_steps, tolerance, minimise)
     size = max(1, CHUNK // (problem.x_KxR.shape[1] * theta_SxP.shape[1]))
     target, weights, free = problem.target, problem.weights_SxR, problem.free_P
-    parts = []
-    for at in range(0, len(theta_SxP), size):
-        rows = slice(at, at + size)
+
+    def solve(rows: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         part = dataclasses.replace(
             problem,
             target=target[rows] if target.ndim == 2 else target,
             weights_SxR=None if weights is None else weights[rows],
             free_P=free[rows] if free is not None and free.ndim == 2 else free,
         )
-        parts.append(_minimise_chunk(part, theta_SxP[rows], max_steps, tolerance))
-    theta, value, converged = (np.concatenate(part) for part in zip(*parts, strict=True))
+        return _minimise_chunk(part, theta_SxP[rows], max_steps, tolerance)
+
+    _keep_memory()
+    chunks = [slice(at, at + size) for at in range(0, len(theta_SxP), size)]
+    if len(chunks) == 1:
+        return solve(chunks[0])
+    with concurrent.futures.ThreadPoolExecutor(
+        min(cores(), len(chunks))
+    ) as pool:  # NumPy's loops run beside each other
+        theta, value, converged = (np.concatenate(part) for part in zip(*pool.map(solve, chunks), strict=True))
     return theta, value, converged
 
 
-def _least_absolute(
-    problem: Problem, theta_SxP: np.ndarray, max_steps: int, tolerance: float
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@functools.cache
+def _keep_memory() -> None:
+    """Has glibc keep freed arrays: fresh pages from the kernel for each of them take more time than the arithmetic.
+
+    Its limits for giving memory back follow the largest block that was freed, up to 32 MiB (mallopt(3),
+    M_MMAP_THRESHOLD). A block that nobody touches costs nothing.
+    """
+    np.empty((32 << 20) - 4096, np.uint8)
+
+
+def least_absolute(
+    problem: Problem, theta_SxP: np.ndarray, max_steps: int, tolerance: float, by: Solver
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Least absolute errors: Huber fits of ever smaller widths, each from the one before."""
+    """Least absolute errors: Huber fits `by` a solver of ever smaller widths, each from the one before."""
     unit = 1.0 if problem.law.log else float(np.median(np.abs(problem.target)))
     for width in WIDTHS:
         wide = dataclasses.replace(problem, delta=width * unit)
-        theta_SxP, _, converged = minimise(wide, theta_SxP, max_steps, tolerance)
+        theta_SxP, _, converged = by(wide, theta_SxP, max_steps, tolerance)
     with np.errstate(all="ignore"):
         residual = np.abs(problem.law.evaluate(theta_SxP, problem.x_KxR)[0] - problem.target)
     weights = 1.0 if problem.weights_SxR is None else problem.weights_SxR
@@ -161,13 +191,21 @@ def _minimise_chunk(
     still = np.broadcast_to(False if problem.free_P is None else ~problem.free_P, theta_SxP.shape)
 
     def evaluate(theta):
-        log_pred, jacobian = problem.law.evaluate(theta, problem.x_KxR)
+        alike = (theta == theta[0]).all()  # as where a bootstrap starts: one evaluation serves all
+        log_pred, jacobian = problem.law.evaluate(theta[:1] if alike else theta, problem.x_KxR)
         residual = log_pred - target
+        inner = np.maximum(np.minimum(residual, delta), -delta)
+        pull = weight * inner
+        value = np.einsum("sr,sr->s", pull, residual - 0.5 * inner) + 0.5 * (precision * theta**2).sum(1)
         # Far out a law overflows; such a step is refused by its value, and its slopes must not spoil the algebra.
-        jacobian = np.clip(np.nan_to_num(jacobian, nan=0.0, posinf=0.0, neginf=0.0), -HUGE, HUGE)
-        value = (weight * huber(residual, delta)).sum(1) + 0.5 * (precision * theta**2).sum(1)
-        residual = np.nan_to_num(residual, nan=0.0, posinf=HUGE, neginf=-HUGE)
-        return residual, jacobian, np.where(np.isfinite(value), value, np.inf)
+        if not (jacobian.max() < HUGE and jacobian.min() > -HUGE):
+            jacobian = np.clip(np.nan_to_num(jacobian, nan=0.0, posinf=0.0, neginf=0.0), -HUGE, HUGE)
+        finite = np.isfinite(value)
+        if not finite.all():
+            residual = np.nan_to_num(residual, nan=0.0, posinf=HUGE, neginf=-HUGE)
+            pull = weight * np.clip(residual, -delta, delta)
+        jacobian = np.repeat(jacobian, len(theta), axis=0) if alike else jacobian
+        return residual, pull, jacobian, np.where(finite, value, np.inf)
 
     theta = np.clip(theta_SxP, lower, upper)
     answer, answer_value = theta.copy(), np.full(len(theta), np.inf)
@@ -175,57 +213,59 @@ def _minimise_chunk(
     diagonal = np.arange(theta.shape[1])
     active, damping = np.arange(len(theta)), np.full(len(theta), 0.1)
     with np.errstate(all="ignore"):
-        residual, jacobian, value = evaluate(theta)
+        residual, pull, jacobian, value = evaluate(theta)
         for _ in range(max_steps):
-            gradient = np.einsum("spr,sr->sp", jacobian, weight * np.clip(residual, -delta, delta))
-            gradient += precision * theta
+            gradient = np.matmul(jacobian, pull[:, :, None])[:, :, 0] + precision * theta
             held = still | ((theta <= lower) & (gradient > 0)) | ((theta >= upper) & (gradient < 0))
             gradient[held] = 0
-            moving = np.where(held[:, :, None], 0, jacobian)
             # The reweighted Hessian lies above the true one (it is that of reweighted least squares, whose every step
             # goes down); damping along it keeps A and alpha, or E and the rest, moving together.
-            reweighted = weight * np.minimum(1, delta / np.maximum(np.abs(residual), 1e-300))
-            hessian = np.matmul(moving * (weight * (np.abs(residual) <= delta))[:, None], moving.swapaxes(1, 2))
-            metric = np.matmul(moving * reweighted[:, None], moving.swapaxes(1, 2))
-            hessian[:, diagonal, diagonal] += precision
-            metric[:, diagonal, diagonal] += precision
+            size = np.abs(residual)
+            hessian = np.matmul(jacobian * (weight * (size <= delta))[:, None], jacobian.swapaxes(1, 2))
+            metric = hessian.copy()
+            if delta < np.inf:
+                reweighted = weight * (delta / np.maximum(size, delta))
+                metric = np.matmul(jacobian * reweighted[:, None], jacobian.swapaxes(1, 2))
+            for matrix in hessian, metric:
+                matrix[held] = 0
+                matrix.swapaxes(1, 2)[held] = 0
+                matrix[:, diagonal, diagonal] += precision
             scale = np.sqrt(metric[:, diagonal, diagonal])
             scale = np.where(scale > 0, scale, 1.0)
-            metric /= scale[:, :, None] * scale[:, None, :]
+            both = scale[:, :, None] * scale[:, None, :]
+            metric /= both
             metric[:, diagonal, diagonal] += RIDGE
-            whiten = np.linalg.inv(np.linalg.cholesky(metric)) / scale[:, None, :]
-            curvature, axes = np.linalg.eigh(whiten @ hessian @ whiten.swapaxes(1, 2))
-            axes = np.matmul(whiten.swapaxes(1, 2), axes)
-            slope = np.einsum("spq,sp->sq", axes, gradient)
-            move = -np.einsum("spq,sq->sp", axes, slope / (np.maximum(curvature, 0) + damping[:, None]))
+            move = -np.linalg.solve(hessian / both + damping[:, None, None] * metric, (gradient / scale)[:, :, None])
             # theta is made of logs and exponents: a longer step than 1 leaves what the linearisation knows, and can
             # switch a term off for good.
-            move = np.where(held, 0, move)
+            move = np.where(held, 0, move[:, :, 0] / scale)
             longest = np.abs(move).max(1)
             move /= np.maximum(1, longest)[:, None]
             trial = np.clip(theta + move, lower, upper)
             step = trial - theta
-            promised = -(step * gradient).sum(1) - 0.5 * np.einsum("sp,spq,sq->s", step, hessian, step)
-            new_residual, new_jacobian, new_value = evaluate(trial)
-            better = new_value <= value
+            curved = np.matmul(hessian, step[:, :, None])[:, :, 0]
+            promised = -(step * (gradient + 0.5 * curved)).sum(1)
+            new_residual, new_pull, new_jacobian, new_value = evaluate(trial)
+            worse = ~(new_value <= value)
             ratio = (value - new_value) / np.maximum(promised, 1e-300)
-            damping *= np.where(better, np.where(ratio > 0.75, 0.1, np.where(ratio < 0.25, 3.0, 1.0)), 3.0)
+            damping *= np.where(worse | (ratio < 0.25), 3.0, np.where(ratio > 0.75, 0.1, 1.0))
             damping = np.maximum(damping, 1e-12)
 
             # One parameter without slope can ask for so long a step that nothing of it is left for the others.
             finished = (np.abs(promised) <= tolerance * value + EXACT) & (longest < WILD)
-            theta = np.where(better[:, None], trial, theta)
-            residual = np.where(better[:, None], new_residual, residual)
-            jacobian = np.where(better[:, None, None], new_jacobian, jacobian)
-            value = np.where(better, new_value, value)
+            now = theta, residual, pull, jacobian, value
+            theta, residual, pull, jacobian, value = trial, new_residual, new_pull, new_jacobian, new_value
+            if worse.any():
+                for kept, tried in zip(now, (theta, residual, pull, jacobian, value), strict=True):
+                    tried[worse] = kept[worse]
             # A promise that damping alone made small is no convergence.
             converged[active] = finished & (damping < 1e3)
             answer[active], answer_value[active] = theta, value
             stay = ~finished & (damping < 1e15)
             if not stay.all():
                 active, damping, theta, value = active[stay], damping[stay], theta[stay], value[stay]
-                residual, jacobian, weight, target = residual[stay], jacobian[stay], weight[stay], target[stay]
-                still = still[stay]
+                residual, pull, jacobian = residual[stay], pull[stay], jacobian[stay]
+                weight, target, still = weight[stay], target[stay], still[stay]
             if not len(active):
                 break
     return answer, answer_value, converged

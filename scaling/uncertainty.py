@@ -1,4 +1,4 @@
-"""How well a table determines the parameters of a law: resamples, open ends, and what other objectives say.
+"""How well a table determines the parameters of a law: resamples, and open ends.
 
 The loss of one run beyond the table is another question: see extrapolation.py.
 """
@@ -10,10 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llm_jax.config import BadInput, did_you_mean
-from scaling.fit import GRADES, Fit, fit, prepare
+from scaling.fit import GRADES, Fit, prepare
 from scaling.isoflop import budgets
-from scaling.solver import Problem, minimise
+from scaling.solver import Problem, Solver, minimise
 from scaling.tables import Table
 
 
@@ -27,6 +26,11 @@ class Bootstrap:
     """95 %: the 2.5th and 97.5th percentile of each."""
     theta_SxP: np.ndarray
     """The same in the law's unconstrained form, for the columns as they are."""
+    drawn: str = ""
+    """What was drawn with replacement, in words."""
+
+
+BLOCK = 500  # resamples drawn at once: what stays in cache
 
 
 def resample(groups_R: np.ndarray, samples: int, parameters: int, rng: np.random.Generator) -> np.ndarray:
@@ -47,16 +51,41 @@ def resample(groups_R: np.ndarray, samples: int, parameters: int, rng: np.random
     for _ in range(20):
         weights[again] = 0
         for members in members_of:
-            drawn = members[rng.integers(0, len(members), (len(again), len(members)))]
-            np.add.at(weights, (again[:, None], drawn), 1)
+            for some in np.array_split(again, 1 + len(again) // BLOCK):
+                drawn = members[rng.integers(0, len(members), (len(some), len(members)))]
+                cells = np.arange(len(some))[:, None] * rows + drawn
+                weights[some] += np.bincount(cells.ravel(), minlength=len(some) * rows).reshape(-1, rows)
         again = again[(weights[again] > 0).sum(1) < parameters]
         if not len(again):
             break
     return weights
 
 
-def refit(problem: Problem, theta_P: np.ndarray, weights_SxR: np.ndarray, max_steps: int = 400) -> np.ndarray:
-    """Theta_SxP of fits under each row of weights, from the optimum; also from a middling E if the optimum has none."""
+def whole_clusters(cluster_R: np.ndarray, samples: int, parameters: int, rng: np.random.Generator) -> np.ndarray:
+    """Weights_SxR of whole clusters drawn with replacement (Cameron, Gelbach and Miller 2008).
+
+    As in `resample`, draws with fewer distinct rows than parameters are drawn again, 20 times at most.
+    """
+    names, member_R = np.unique(cluster_R, return_inverse=True)
+    weights = np.zeros((samples, len(cluster_R)))
+    again = np.arange(samples)
+    for _ in range(20):
+        drawn = rng.integers(0, len(names), (len(again), len(names)))
+        counts = (drawn[:, :, None] == np.arange(len(names))).sum(1)
+        weights[again] = counts[:, member_R]
+        again = again[(weights[again] > 0).sum(1) < parameters]
+        if not len(again):
+            break
+    return weights
+
+
+def refit(
+    problem: Problem, theta_P: np.ndarray, weights_SxR: np.ndarray, max_steps: int = 400, by: Solver | None = None
+) -> np.ndarray:
+    """Theta_SxP of fits under each row of weights, from the optimum; also from a middling E if the optimum has none.
+
+    `by` is the solver; default: the one that `fastest` names.
+    """
     starts = [theta_P]
     names, lowest = problem.law.parameters, problem.target.min()
     moves = problem.free_P is None or dict(zip(names, problem.free_P, strict=True)).get("E")
@@ -64,34 +93,40 @@ def refit(problem: Problem, theta_P: np.ndarray, weights_SxR: np.ndarray, max_st
         # Close to its bound E has no slope left to come back along, though many resamples would have it higher.
         starts.append(np.where(np.array(names) == "E", lowest - 0.7, theta_P))
     problem = dataclasses.replace(problem, weights_SxR=np.tile(weights_SxR, (len(starts), 1)))
-    theta, value, _ = minimise(problem, np.repeat(starts, len(weights_SxR), axis=0), max_steps, tolerance=1e-8)
+    solve = by or fastest(len(weights_SxR))
+    theta, value, _ = solve(problem, np.repeat(starts, len(weights_SxR), axis=0), max_steps, 1e-8)
     best = value.reshape(len(starts), -1).argmin(0)
     return theta.reshape(len(starts), len(weights_SxR), -1)[best, np.arange(len(weights_SxR))]
 
 
-INTERVALS = ("none", "bootstrap")
-"""Ways to intervals, by name; see `parse_intervals`."""
+ACCELERATED_FROM = 50_000
+"""Refits at once from which a GPU is looked for: loading JAX and compiling take longer than fewer of them do here."""
 
 
-def parse_intervals(text: str) -> tuple[str, int]:
-    """The method and its size: "bootstrap:200" gives ("bootstrap", 200), 1000 without a number. BadInput for others."""
-    method, colon, size = text.partition(":")
-    if method not in INTERVALS:
-        raise BadInput(f'"{text}" names no way to intervals{did_you_mean(method, INTERVALS)}')
-    if method == "none" and not colon:
-        return method, 0
-    if method == "none" or (colon and not (size.isascii() and size.isdigit() and int(size) > 1)):
-        raise BadInput(f'"{text}" names no way to intervals; valid: none, bootstrap, bootstrap:N with N of at least 2')
-    return method, int(size or 1000)
+def fastest(samples: int) -> Solver:
+    """Who solves so many problems: NumPy, or JAX where they are many and there is a GPU."""
+    if samples < ACCELERATED_FROM:
+        return minimise
+    from scaling import accelerated  # loads JAX
+
+    return accelerated.minimise if accelerated.available() else minimise
 
 
-def bootstrap(result: Fit, table: Table, samples: int = 1000, seed: int = 0) -> Bootstrap:
-    """Refits the law to `samples` resamples of the rows, all side by side, under the objective of the fit."""
-    law = result.law
+def bootstrap(
+    result: Fit, table: Table, samples: int = 1000, seed: int = 0, cluster_R: np.ndarray | None = None
+) -> Bootstrap:
+    """Refits the law to `samples` resamples of the rows, all side by side, under the objective of the fit.
+
+    `cluster_R` marks by equal values the rows that share their noise: whole clusters are then drawn.
+    """
+    law, rng = result.law, np.random.default_rng(seed)
     table, log_KxR, target, _ = prepare(law, table)
     centre_K = law.centre(log_KxR)
     x_KxR = log_KxR - centre_K[:, None]
-    weights = resample(groups(table), samples, len(law.parameters), np.random.default_rng(seed))
+    if cluster_R is None:
+        weights, drawn = resample(groups(table), samples, len(law.parameters), rng), "rows"
+    else:
+        weights, drawn = whole_clusters(cluster_R, samples, int(result.free.sum()), rng), "whole clusters of rows"
     bounds = law.bounds(x_KxR, target)
     problem = Problem(law, x_KxR, target, result.delta, bounds, free_P=result.free)
     theta_SxP = law.shift(refit(problem, law.shift(result.theta, centre_K), weights), -centre_K)
@@ -101,6 +136,7 @@ def bootstrap(result: Fit, table: Table, samples: int = 1000, seed: int = 0) -> 
         parameters=dict(zip(law.parameters, natural_SxP.T, strict=True)),
         intervals={name: (float(a), float(b)) for name, a, b in zip(law.parameters, low_P, high_P, strict=True)},
         theta_SxP=theta_SxP,
+        drawn=drawn,
     )
 
 
@@ -117,8 +153,6 @@ def groups(table: Table) -> np.ndarray:
 # ---- What the data leaves open ----
 
 LIKELY = 3.841  # the 95 % point of chi-squared with one degree of freedom
-OTHERS = ("huber:1e-3", "l1", "lsq")
-"""Objectives that are compared: each was published for tables that another was published for."""
 
 
 def _likelihood_ratio(result: Fit, value: np.ndarray, value_0: float) -> np.ndarray:
@@ -166,44 +200,3 @@ def open_ends(result: Fit, table: Table) -> dict[str, tuple[str, ...]]:
         for p in at[parts][likely[parts]]:
             sides[law.parameters[p]] = (*sides.get(law.parameters[p], ()), side)
     return sides
-
-
-def standard_intervals(result: Fit, table: Table) -> dict[str, tuple[float, float]]:
-    """Rough 95 % intervals from the Gauss-Newton Hessian and the median residual, to compare with and not to print."""
-    law = result.law
-    table, log_KxR, _, _ = prepare(law, table)
-    by_K = law.centre(log_KxR)
-    theta_P = law.shift(result.theta, by_K)
-    jacobian_PxR = law.evaluate(theta_P[None], log_KxR - by_K[:, None])[1][0][result.free]
-    spare = max(1, result.n - len(jacobian_PxR))
-    sigma = 1.4826 * np.median(np.abs(result.residuals)) * np.sqrt(result.n / spare)
-    covariance = sigma**2 * np.linalg.pinv(jacobian_PxR @ jacobian_PxR.T, hermitian=True)
-    # To the units of the table: a linear map, taken by its columns.
-    move = np.stack([law.shift(theta_P + one, -by_K) - result.theta for one in np.eye(len(theta_P))[result.free]], 1)
-    half_P = 1.96 * np.sqrt(np.einsum("pi,ij,pj->p", move, covariance, move))
-    with np.errstate(over="ignore"):
-        low_P, high_P = law.natural(result.theta - half_P), law.natural(result.theta + half_P)
-    return {name: (float(a), float(b)) for name, a, b in zip(law.parameters, low_P, high_P, strict=True)}
-
-
-def disagreement(result: Fit, table: Table, intervals: dict[str, tuple[float, float]] | None) -> list[str]:
-    """A warning for each other objective whose answer lies outside of the intervals; rough ones where none are given."""
-    intervals = intervals or standard_intervals(result, table)
-    held = {name: result.parameters[name] for name in result.held}
-    told = []
-    for name in OTHERS:
-        if name.split(":")[0] == result.objective.split(":")[0]:
-            continue
-        suffix = ":log" if result.law.log else ":linear"
-        other = fit(result.law, table, name + suffix, held)
-        moved = [
-            f"{key} {result.parameters[key]:.4g} and {value:.4g}"
-            for key, value in other.parameters.items()
-            if key not in result.held and not intervals[key][0] <= value <= intervals[key][1]
-        ]
-        if moved:
-            told.append(
-                f"{result.objective} and {name} disagree by more than the intervals: {', '.join(moved)}; "
-                "rows far from the law decide, so look at the residuals before you trust either"
-            )
-    return told

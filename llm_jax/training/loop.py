@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from llm_jax import files
-from llm_jax.config import Config, Model, Train, fingerprint, to_dict
+from llm_jax.config import Config, Model, Train, trunk_key
 from llm_jax.data import pipeline
 from llm_jax.data.prepare import Prepared
 from llm_jax.models import families, ngram
@@ -73,14 +73,6 @@ def _program(train: Train) -> Train:
     optimizer = ("beta1", "beta2", "epsilon", "weight_decay", "clip_norm")
     names = (*optimizer, "z_loss", "label_smoothing", "grad_accumulation", "steps_per_call")
     return Train(**{name: getattr(train, name) for name in names})
-
-
-def trunk_key(cfg: Config, data_fingerprint: str) -> str:
-    """Names what a wsd run is until its cool-down: equal for runs that differ in their horizon alone."""
-    tree = to_dict(cfg)
-    for name in ("tokens", "decay_fraction", "final_lr", "checkpoint_every", "eval_every"):
-        del tree["train"][name]
-    return fingerprint([tree, data_fingerprint])
 
 
 def train(

@@ -23,7 +23,7 @@ class Dual(np.lib.mixins.NDArrayOperatorsMixin):
     __slots__ = ("slopes", "value")
     __array_priority__ = 1000
 
-    def __init__(self, value: Array, slopes: Mapping[int, Array]):
+    def __init__(self, value: Array, slopes: Mapping[int, Any]):
         self.value, self.slopes = value, slopes
 
     @property
@@ -39,24 +39,23 @@ class Dual(np.lib.mixins.NDArrayOperatorsMixin):
             raise BadInput(f"a law cannot use {_spelled(ufunc, method)}, whose derivative is not known; valid: {known}")
         values = [_value(one) for one in inputs]
         result = ufunc(*values)
-        slopes: dict[int, Array] = {}
+        slopes: dict[int, Any] = {}
         for at, one in enumerate(inputs):
             if isinstance(one, Dual) and one.slopes:
                 partial = RULES[ufunc][at](*values, result)
                 for name, slope in one.slopes.items():
-                    part = slope if isinstance(partial, float) and partial == 1 else partial * slope
+                    part = _times(partial, slope)
                     slopes[name] = slopes[name] + part if name in slopes else part
         return Dual(result, slopes)
 
     def __array_function__(self, function: Callable[..., Any], types: Any, args: Any, kwargs: Any) -> Any:
         if function is np.where and len(args) == 3 and not kwargs:
-            chosen, *sides = args
-            slopes: dict[int, Array] = {}
-            for sign, side in zip((True, False), sides, strict=True):
-                for name, slope in side.slopes.items() if isinstance(side, Dual) else ():
-                    part = np.where(np.asarray(_value(chosen), bool) == sign, slope, 0.0)
-                    slopes[name] = slopes[name] + part if name in slopes else part
-            return Dual(np.where(_value(chosen), *map(_value, sides)), slopes)
+            test, a, b = args
+            chosen, slopes = _value(test), {}
+            for name in {**getattr(a, "slopes", {}), **getattr(b, "slopes", {})}:
+                sides = (side.slopes.get(name, 0.0) if isinstance(side, Dual) else 0.0 for side in (a, b))
+                slopes[name] = np.where(chosen, *sides)
+            return Dual(np.where(chosen, _value(a), _value(b)), slopes)
         raise BadInput(f"a law cannot use np.{function.__name__}: write it with elementwise arithmetic and np.where")
 
 
@@ -64,12 +63,19 @@ def _value(one: Any) -> Any:
     return one.value if isinstance(one, Dual) else one
 
 
+def _times(partial: Any, slope: Any) -> Any:
+    """Their product, without a pass over the array where one of them is the number 1."""
+    if isinstance(partial, float) and partial == 1:
+        return slope
+    return partial if isinstance(slope, float) and slope == 1 else partial * slope
+
+
 def _spelled(ufunc: np.ufunc, method: str) -> str:
     return f"np.{ufunc.__name__}" + ("" if method == "__call__" else f".{method}")
 
 
 def _log(a: Any) -> Any:
-    return np.log(np.maximum(a, 0) + np.where(np.asarray(a) > 0, 0.0, 1.0))  # 0^b is 0 whatever b: no slope there
+    return np.log(np.maximum(a, 0) + np.where(a > 0, 0.0, 1.0))  # 0^b is 0 whatever b: no slope there
 
 
 RULES: dict[np.ufunc, tuple[Callable[..., Any], ...]] = {

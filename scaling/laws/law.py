@@ -73,11 +73,11 @@ class Parameter:
             return np.exp(theta)
         return theta if self.kind == "free" else special.expit(theta)
 
-    def slope(self, natural: np.ndarray) -> np.ndarray:
+    def slope(self, natural: np.ndarray) -> np.ndarray | float:
         """d natural / d theta."""
         if self.kind == "positive":
             return natural
-        return np.ones_like(natural) if self.kind == "free" else natural * (1 - natural)
+        return 1.0 if self.kind == "free" else natural * (1 - natural)
 
 
 def scale(low: float = 0.02, high: float = 1.0) -> Parameter:
@@ -215,13 +215,17 @@ def by_function(
             natural = kind.natural(theta_SxP[:, p : p + 1])
             given[key] = Dual(natural, {p: kind.slope(natural)})
         found = function(**given)
-        found = np.log(found) if log else found
         shape = len(theta_SxP), x_KxR.shape[1]
-        jacobian_SxPxR = np.zeros((shape[0], extra + bool(moved), shape[1]))
         value, slopes = (found.value, found.slopes) if isinstance(found, Dual) else (found, {})
-        for p, slope in slopes.items():
-            jacobian_SxPxR[:, p] = slope
-        return np.broadcast_to(value, shape), jacobian_SxPxR
+        by_value = 1 / value if log else 1.0
+        slopes_P = [slopes.get(p, 0.0) for p in range(extra + bool(moved))]
+        value = np.broadcast_to(np.log(value) if log else value, shape)
+        if not isinstance(value, np.ndarray):  # accelerated.py's
+            return value, np.stack([np.broadcast_to(slope * by_value, shape) for slope in slopes_P], 1)
+        jacobian_SxPxR = np.empty((shape[0], len(slopes_P), shape[1]))
+        for p, slope in enumerate(slopes_P):
+            np.multiply(slope, by_value, out=jacobian_SxPxR[:, p])
+        return value, jacobian_SxPxR
 
     def evaluate(theta_SxP: np.ndarray, x_KxR: np.ndarray) -> Arrays:
         with np.errstate(all="ignore"):
@@ -239,10 +243,17 @@ def by_function(
     def bounds(x_KxR: np.ndarray, target_R: np.ndarray) -> Arrays:
         return limits([(kind.least, kind.most) for kind in each], target_R)
 
+    def look(theta_SxP: np.ndarray, x_KxR: np.ndarray) -> Arrays:
+        """Predictions_SxR, and the largest slope of any row by each parameter, SxP."""
+        predicted_SxR, jacobian_SxPxR = evaluate(theta_SxP, x_KxR)
+        return predicted_SxR, np.maximum(jacobian_SxPxR.max(2), -jacobian_SxPxR.min(2))
+
     def starts(x_KxR: np.ndarray, target_R: np.ndarray) -> np.ndarray:
         low_P, high_P = limits([(kind.low, kind.high) for kind in each], target_R)
         theta_SxP = low_P + (high_P - low_P) * qmc.Sobol(len(each), rng=np.random.default_rng(0)).random(POOL)
-        predicted_SxR, jacobian_SxPxR = evaluate(theta_SxP, x_KxR)
+        parts = np.array_split(theta_SxP, 8)  # what stays in cache
+        looks = [look(part, x_KxR) for part in parts]
+        predicted_SxR, effect_SxP = (np.concatenate(one) for one in zip(*looks, strict=True))
         with np.errstate(all="ignore"):
             if log:  # all terms together brought to the height of the data
                 offset_S = np.nan_to_num(np.median(target_R - predicted_SxR, axis=1))
@@ -251,7 +262,6 @@ def by_function(
                 predicted_SxR = predicted_SxR + offset_S[:, None] * of_target.any()
             misfit_S = np.mean(np.abs(predicted_SxR - target_R), axis=1)
             # Where a parameter does next to nothing, a term of the law is off and has no slope to come back along.
-            effect_SxP = np.abs(jacobian_SxPxR).max(2)
             misfit_S = np.where((effect_SxP < FAINT * np.nanmedian(effect_SxP, axis=0)).any(1), np.inf, misfit_S)
         order = np.argsort(np.where(np.isfinite(misfit_S), misfit_S, np.inf), kind="stable")
         return theta_SxP[order[:STARTS]]

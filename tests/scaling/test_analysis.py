@@ -1,15 +1,16 @@
 """What `llm-jax fit` says of a table, to programs and to people."""
 
-import dataclasses
 import json
 
 import numpy as np
 import pytest
 from simulated import TRUTH, chinchilla, runs
 
+from llm_jax.config import BadInput
 from scaling import report
-from scaling.analysis import _bands, analyse
-from scaling.tables import Table, finite
+from scaling.analysis import analyse
+from scaling.content import of_analysis
+from scaling.tables import Table
 
 
 def strict(text):
@@ -26,7 +27,10 @@ def test_json_carries_the_law_its_numbers_and_their_intervals():
     found = analyse(runs(noise=0.005), "chinchilla", "huber:1e-3", ci="bootstrap:50")
     record = strict(found.to_json())
     assert {name: one["value"] for name, one in record["parameters"].items()} == found.fit.parameters
-    assert all(tuple(one["interval"]) == found.bootstrap.intervals[k] for k, one in record["parameters"].items())
+    assert all(tuple(one["interval"]) == found.by_method["bootstrap"][k] for k, one in record["parameters"].items())
+    for name, (low, high) in found.bootstrap.intervals.items():
+        assert found.by_method["bootstrap"][name] == pytest.approx((low, high), rel=0.02)
+    assert all(set(one) == {"value", "interval", "unbounded"} for one in record["parameters"].values())
     assert (record["law"], record["n"]) == ("chinchilla", 15)
     assert record["objective"] == {"name": "huber:1e-3", "value": found.fit.value}
     assert set(record) == {"law", "n", "objective", "parameters", "warnings"}
@@ -56,30 +60,56 @@ def test_every_warning_is_told_once():
     assert told == [f"  warning: {warning}" for warning in found.warnings]
 
 
-def test_bands_of_a_law_without_a_formula_for_its_optimum():
-    """The search along the budget must give what Hoffmann et al. 2022, eq. 4, gives where both can be had."""
-    table = runs(noise=0.003)
-    exact, searched = (analyse(table, law, ci="bootstrap:60") for law in ("chinchilla", "coupled"))
-    theta = np.append(exact.fit.theta, 0.0)  # gamma = 1: the same curve
-    same = dataclasses.replace(searched.fit, theta=theta)
-    boot = dataclasses.replace(searched.bootstrap, theta_SxP=np.pad(exact.bootstrap.theta_SxP, ((0, 0), (0, 1))))
-    by_formula = _bands(exact, None)
-    by_search = _bands(dataclasses.replace(searched, fit=same, bootstrap=boot), None)
-    for name in ("C", "N_opt", "D_opt", "loss"):
-        np.testing.assert_allclose(by_search[name], by_formula[name], rtol=2e-3)
-    assert all(
-        low <= n <= high for low, n, high in zip(*(by_search[k] for k in ("N_low", "N_opt", "N_high")), strict=True)
-    )
-
-
 @pytest.mark.parametrize("law", ["kaplan", "kaplan-n", "overtraining", "bnsl", "isoflop"])
 def test_every_law_can_be_reported(law, tmp_path):
     """A report that only knows one law would break on the second experiment."""
-    found = analyse(runs(noise=0.003), law, ci="bootstrap:20")
+    found = analyse(runs(noise=0.003), law)
     content = report.Content(
-        title=law, docstring="", trials=[], curves={}, fit=finite(found.to_dict()), isoflop=[], bands=_bands(found, None),
-        forecast=None, verify=None, entropy=None, warnings=[], facts={},
+        title=law, docstring="", trials=[], curves={}, forecast=None, verify=None, entropy=None, warnings=[], facts={},
+        **of_analysis(found),
     )  # fmt: skip
     page = report.write(content, tmp_path).read_text(encoding="utf-8")
     assert law in page
     assert strict(found.to_json())["parameters"].keys() == found.parameters.keys()
+
+
+def test_three_ways_to_intervals_stand_side_by_side():
+    """Whoever reads one method alone cannot see that they differ; the first, in JSON too, is the one that holds in simulation."""
+    found = analyse(runs(noise=0.005, budgets=(1e11, 3e11, 1e12, 3e12)), "chinchilla")
+    assert list(found.by_method) == ["profile", "hessian", "bootstrap"]
+    record = strict(found.to_json())
+    alpha = record["parameters"]["alpha"]
+    assert alpha["interval"] == alpha["intervals"]["profile"] == list(found.by_method["profile"]["alpha"])
+    lines = found.summary().splitlines()
+    assert all(f"95 % by {method}" in lines[1] for method in found.by_method)
+    (line,) = (line for line in lines if line.startswith("  alpha "))
+    assert line.count("[") == 3
+    assert sum("correlations" in line for line in lines) == 1
+    (line,) = (line for line in lines if line.startswith("    alpha "))
+    assert line.split()[1] == f"{found.found[0].correlations_PxP[0, 3]:.2f}" == "1.00"
+
+
+def test_open_ends_are_open_by_every_method():
+    """An interval with two ends beside the word unbounded would be read as bounded; JSON has null there."""
+    truth = {**TRUTH, "E": 0.0, "alpha": 0.3, "beta": 0.2}
+    table = runs(lambda n, d: chinchilla(n, d, truth), 0.003, (1e11, 3e11, 1e12, 3e12, 1e13, 3e13))
+    found = analyse(table, "chinchilla")
+    assert "E" in found.unbounded
+    record = strict(found.to_json())["parameters"]["E"]
+    assert record["unbounded"] and record["interval"][0] is None and np.isfinite(record["interval"][1])
+    assert "unbounded below, to" in found.summary()
+
+
+def test_what_is_held_is_shown_as_held():
+    """A number without an interval must not look like one that was forgotten."""
+    found = analyse(runs(noise=0.005), "chinchilla", hold={"E": 0.55})
+    assert any(line.split() == ["E", "0.55", "held"] for line in found.summary().splitlines())
+    assert strict(found.to_json())["parameters"]["E"]["interval"] is None
+
+
+def test_a_cluster_is_refused_where_it_has_no_meaning():
+    """A procedure resamples budgets; silence would let the user believe otherwise."""
+    with pytest.raises(BadInput, match="--cluster has no meaning"):
+        analyse(runs(), "isoflop", cluster="seed")
+    with pytest.raises(BadInput, match="by bootstrap alone, not by profile"):
+        analyse(runs(), "isoflop", ci="profile")

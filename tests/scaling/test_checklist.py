@@ -99,6 +99,9 @@ def test_intervals_and_search_are_told_as_they_were_done():
     }
     told = ask(fit=FIT | search)
     assert told["Intervals"] == "bootstrap of 4,000 resamples; row"
+    ends = {"profile": [0, 1], "bootstrap": [0, 2]}
+    both = {"parameters": {k: {"value": 1.0, "interval": [0, 1], "intervals": ends} for k in "EAB"}}
+    assert ask(fit=FIT | search | both)["Intervals"] == "profile likelihood; bootstrap of 4,000 resamples; row"
     assert "64 starts" in told["Starts"] and "98 %" in told["Starts"]
 
 

@@ -129,17 +129,6 @@ def test_unfinished_runs_are_left_out_and_said():
     assert result.parameters == fit(CHINCHILLA, table.select(np.arange(13))).parameters
 
 
-def test_the_summary_carries_the_law_its_numbers_and_its_warnings():
-    """What is printed is all that most readers will see."""
-    result = fit(CHINCHILLA, runs(noise=0.005))
-    warned = dataclasses.replace(result, warnings=("beware",))
-    text = warned.summary({"alpha": (0.25, 0.45)})
-    assert "L = E + A / N^alpha + B / D^beta" in text
-    assert f"{result.parameters['alpha']:.6g}" in text
-    assert "[0.25, 0.45]" in text
-    assert "warning: beware" in text
-
-
 def test_l1_passes_through_as_many_rows_as_it_has_parameters():
     """That is what least absolute errors do at a vertex; an answer between rows is no minimum."""
     result = fit(CHINCHILLA, runs(noise=0.005), "l1")

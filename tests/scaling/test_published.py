@@ -6,10 +6,12 @@ from simulated import CHINCHILLA
 
 from scaling import tables
 from scaling.analysis import analyse
+from scaling.checks import disagreement
 from scaling.fit import fit
+from scaling.intervals import intervals
 from scaling.laws import LAWS
 from scaling.tables import Table
-from scaling.uncertainty import disagreement, open_ends
+from scaling.uncertainty import open_ends
 
 
 @pytest.fixture
@@ -48,7 +50,7 @@ def test_chinchilla_with_the_five_rows_that_were_left_out(published):
     result = fit(CHINCHILLA, table)
     assert result.parameters["B"] == pytest.approx(12846, abs=0.5)
     assert result.parameters["beta"] == pytest.approx(0.453, abs=5e-4)
-    (warning,) = disagreement(result, table, None)
+    (warning,) = disagreement(result, table, intervals(result, table).intervals)
     assert "huber:1e-3 and lsq disagree" in warning
     assert "beta 0.453 and 0.612" in warning
 

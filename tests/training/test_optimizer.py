@@ -56,10 +56,11 @@ def test_warmup_longer_than_the_run_stays_below_the_peak():
 
 
 def test_adamw_against_the_formula(mixed_dtypes):
-    """Loshchilov and Hutter 2019, written out in NumPy: bias correction, decoupled decay on matrices, none on norm scales."""
+    """Loshchilov and Hutter 2019, written out in NumPy: bias correction, decoupled decay on matrices, none on norm scales and biases."""
     cfg = Train(beta1=0.9, beta2=0.95, epsilon=1e-8, weight_decay=0.1, clip_norm=1e9)
     rng = np.random.default_rng(0)
     params = {"w": rng.normal(size=(3, 4)).astype(np.float32), "scale": np.ones((2, 4), np.float32)}
+    params["head_bias"] = params["bias"] = np.ones((2, 4, 3), np.float32)
     chain = optimizer.adamw(cfg)
     state = chain.init(params)
     m = {k: np.zeros(v.shape) for k, v in params.items()}
