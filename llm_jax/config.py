@@ -70,10 +70,13 @@ def _check_types(config: Any, path: str) -> None:
 class Model:
     """A language model of one of several families. A field that a family does not read is said so; it changes nothing there."""
 
-    family: Literal["transformer", "encoder_decoder", "lstm", "rnn", "seq2seq_rnn", "feedforward", "ngram"] = "transformer"
+    family: Literal["transformer", "encoder_decoder", "lstm", "rnn", "seq2seq_rnn", "feedforward", "ngram"] = (
+        "transformer"
+    )
     """transformer is decoder-only; lstm and rnn are recurrent; feedforward is that of Bengio et al. 2003. encoder_decoder is the
     Transformer of Vaswani et al. 2017, seq2seq_rnn the LSTMs with attention of Bahdanau et al. 2015: both read the first
-    data.prefix tokens of a row with an encoder and the rest with a decoder. ngram is counted, not trained: of this class it reads vocab_size and ngram_order alone."""
+    data.prefix tokens of a row with an encoder and the rest with a decoder.
+    ngram is counted, not trained: of this class it reads vocab_size and ngram_order alone."""
     vocab_size: int = 256
     """Rows of the embedding. The tokenizer "bytes" needs 256."""
     num_layers: int = 4
@@ -123,7 +126,16 @@ class Model:
     def __post_init__(self) -> None:
         _check_types(self, "model")
         for name in (
-            *("vocab_size", "num_layers", "num_encoder_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff"),
+            *(
+                "vocab_size",
+                "num_layers",
+                "num_encoder_layers",
+                "d_model",
+                "num_heads",
+                "num_kv_heads",
+                "head_dim",
+                "d_ff",
+            ),
             *("window", "rope_theta", "max_context", "logit_softcap"),
         ):
             value = getattr(self, name)

@@ -98,7 +98,10 @@ def _norm(name: str, model: Model, times: int = 1) -> Part:
 
 
 def _transformer(model: Model, context: int) -> tuple[Part, ...]:
-    branches = (_attention("blocks/attention", model, model.num_layers, context), _mlp("blocks/mlp", model, model.num_layers))
+    branches = (
+        _attention("blocks/attention", model, model.num_layers, context),
+        _mlp("blocks/mlp", model, model.num_layers),
+    )
     found = [*_inputs(model), *_block("blocks", model, model.num_layers, *branches)]
     return (*found, *([_norm("norm", model)] if model.norm_position == "pre" else []), _head(model))
 
@@ -123,9 +126,7 @@ def _attention(name: str, model: Model, layers: int, positions: int) -> list[Par
     numbers = {"q": heads, "k": kv_heads, "v": kv_heads}
     found = [_matrix(f"{name}/{of}", model.d_model, (number, head), layers) for of, number in numbers.items()]
     if model.qk_norm:
-        found += [
-            Part(f"{name}/{of}_norm/scale", "norm", (head,), numbers[of] * head, layers) for of in ("q", "k")
-        ]
+        found += [Part(f"{name}/{of}_norm/scale", "norm", (head,), numbers[of] * head, layers) for of in ("q", "k")]
     square = (heads, positions, head)
     return [
         *found,

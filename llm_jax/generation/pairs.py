@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from llm_jax.data.prepare import Prepared
 from llm_jax.data.tokenizer import Tokenizer
 from llm_jax.generation.beam import beam_search
 from llm_jax.generation.sampling import generate
+from llm_jax.training import loop
 
 ROWS = 64
 """Texts of one compiled call."""
@@ -49,6 +51,13 @@ def transduce(
     return found[: len(sources)]
 
 
+def transduce_text(cfg: Config, prepared: Prepared, folder: Path, source: str, *, width: int = 1) -> str:
+    """What the model trained in `folder` makes of one source; see `transduce`."""
+    if width < 1:
+        raise BadInput(f"--beam must be at least 1, got {width}")
+    return transduce(cfg, prepared.tokenizer(), loop.load_params(cfg, folder), [source], width=width)[0]
+
+
 def _until(ids: list[int], end: int) -> list[int]:
     return ids[: ids.index(end)] if end in ids else ids
 
@@ -57,7 +66,10 @@ def held_out(cfg: Config, prepared: Prepared) -> list[tuple[str, str]]:
     """(source, target) of each held-out pair, in the order of the rows."""
     tokenizer, prefix = prepared.tokenizer(), cfg.data.prefix
     rows = (row["tokens"] for part in prepared.rows("validation") for row in part)
-    return [(tokenizer.decode(_text(row[:prefix], tokenizer)), tokenizer.decode(_text(row[prefix:], tokenizer))) for row in rows]
+    return [
+        (tokenizer.decode(_text(row[:prefix], tokenizer)), tokenizer.decode(_text(row[prefix:], tokenizer)))
+        for row in rows
+    ]
 
 
 def _text(ids: np.ndarray, tokenizer: Tokenizer) -> list[int]:

@@ -68,7 +68,10 @@ def continue_text(
     top_k: int | None = None,
     seed: int = 0,
 ) -> str:
-    """The text that the model trained in `folder` puts behind `prompt`, until it begins another document."""
+    """The text that the model trained in `folder` puts behind `prompt`, until it begins another document.
+
+    An encoder that is trained on rows of text reads the first data.prefix tokens; a shorter prompt has padding before it.
+    """
     if num_tokens < 1:
         raise BadInput(f"--tokens must be at least 1, got {num_tokens}")
     if temperature < 0:
@@ -77,18 +80,23 @@ def continue_text(
         raise BadInput(f"--top_k must lie in [1, {cfg.model.vocab_size}], got {top_k}")
     tokenizer = prepared.tokenizer()
     ids = [tokenizer.bos, *tokenizer.encode([prompt])[0].tolist()]
+    prefix = cfg.data.prefix if cfg.model.encodes else 0
+    padding = max(0, prefix + 1 - len(ids))
     positions = cfg.model.max_positions
-    if positions is not None and len(ids) + num_tokens > positions:
-        room = max(1, positions - len(ids))
+    read = len(ids) + padding - prefix  # by the decoder
+    if positions is not None and read + num_tokens > positions:
+        room = max(1, positions - read)
         raise BadInput(f"the model has {positions} positions and the prompt takes {len(ids)}: --tokens {room} fits")
     params = loop.load_params(cfg, folder)
     new = generate(
         cfg.model,
         params,
-        jnp.asarray([ids], jnp.int32),
+        jnp.asarray([padding * [tokenizer.pad] + ids], jnp.int32),
         jax.random.key(seed),
         num_tokens=num_tokens,
         temperature=temperature,
         top_k=top_k,
+        segment_BxT=jnp.asarray([padding * [1] + len(ids) * [0]], jnp.int32) if padding else None,
+        prefix=prefix,
     )[0].tolist()
     return tokenizer.decode(new[: new.index(tokenizer.bos)] if tokenizer.bos in new else new)

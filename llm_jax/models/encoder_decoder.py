@@ -76,7 +76,11 @@ class DecoderBlock(nn.Module):
     def __call__(self, x_BxTxD, cache, source_BxPxD, visible_BxP, angles, length):
         cfg = self.cfg
         dropout = nn.Dropout(cfg.dropout, deterministic=not self.train)
-        attention, cross, mlp = Attention(cfg, name="attention"), CrossAttention(cfg, name="cross"), MLP(cfg, name="mlp")
+        attention, cross, mlp = (
+            Attention(cfg, name="attention"),
+            CrossAttention(cfg, name="cross"),
+            MLP(cfg, name="mlp"),
+        )
         own, across = (cache[:2], cache[2:]) if cache is not None else (None, None)
 
         def branch(norm, x_BxTxD, of):
@@ -191,7 +195,9 @@ def apply(
 ):
     read = tokens_BxT.shape[1] - prefix
     if cache is None and not prefix:
-        raise BadInput(f"model.family={cfg.family} reads the first tokens of a row with its encoder: prefix must be 1 or more")
+        raise BadInput(
+            f"model.family={cfg.family} reads the first tokens of a row with its encoder: prefix must be 1 or more"
+        )
     if cache is not None and read > cache.k_LxBxSxKxH.shape[2]:
         raise BadInput(f"{read} tokens exceed the cache; its decoder has {cache.k_LxBxSxKxH.shape[2]} positions")
     _check_positions(cfg, max(prefix, read))

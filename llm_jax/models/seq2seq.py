@@ -42,7 +42,9 @@ class Cache(NamedTuple):
 
 def _both(draw):
     """An initial value for each direction."""
-    return lambda key, shape, dtype=jnp.float32: jnp.stack([draw(k, shape[1:], dtype) for k in jax.random.split(key, shape[0])])
+    return lambda key, shape, dtype=jnp.float32: jnp.stack(
+        [draw(k, shape[1:], dtype) for k in jax.random.split(key, shape[0])]
+    )
 
 
 class EncoderLayer(nn.Module):
@@ -54,7 +56,7 @@ class EncoderLayer(nn.Module):
     @nn.compact
     def __call__(self, x_TxBxD, keep_RxTxBx1):
         cfg = self.cfg
-        length, rows, width = x_TxBxD.shape
+        _, rows, width = x_TxBxD.shape
         half, dtype = width // 2, x_TxBxD.dtype
         axes = ("embed", "directions", "gates", "state")
         input_DxRxZxE = self.param("input", normal(axes, width), (width, DIRECTIONS, GATES, half))
@@ -66,7 +68,9 @@ class EncoderLayer(nn.Module):
         bias_RxZxE: Any = self.param(
             "bias", nn.with_logical_partitioning(_both(forget_bias), axes[1:]), (DIRECTIONS, GATES, half)
         )
-        x_TxBxRxZxE = project(Norm(cfg.norm, name="norm")(x_TxBxD), input_DxRxZxE) + bias_RxZxE.astype(dtype)[None, None]
+        x_TxBxRxZxE = (
+            project(Norm(cfg.norm, name="norm")(x_TxBxD), input_DxRxZxE) + bias_RxZxE.astype(dtype)[None, None]
+        )
         forward_TxBxZxE, backward_TxBxZxE = x_TxBxRxZxE[:, :, 0], x_TxBxRxZxE[::-1, :, 1]
         zeros = jnp.zeros((DIRECTIONS, rows, half), dtype), jnp.zeros((DIRECTIONS, rows, half), jnp.float32)
         # Both in one loop: half as many steps, of products of twice the size.
@@ -182,10 +186,8 @@ class Seq2Seq(nn.Module):
             x_TxBxD, above = layers(x_TxBxD, above, None)
             h_LxBxD, c_LxBxD = jnp.concatenate([h_LxBxD, above[0]]), jnp.concatenate([c_LxBxD, above[1]])
         x_BxTxD = Norm(cfg.norm, name="norm")(jnp.swapaxes(x_TxBxD, 0, 1))
-        if cfg.tie_embeddings:
-            head_DxV = embed_VxD.T
-        else:
-            head_DxV = self.param("head", normal(("embed", "vocab"), width), (width, cfg.vocab_size))
+        shape = (width, cfg.vocab_size)
+        head_DxV = embed_VxD.T if cfg.tie_embeddings else self.param("head", normal(("embed", "vocab"), width), shape)
         logits_BxTxV = project(x_BxTxD, head_DxV).astype(jnp.float32)
         if cache is None:
             return logits_BxTxV
@@ -216,7 +218,9 @@ def apply(
     prefix: int = 0,
 ):
     if cache is None and not prefix:
-        raise BadInput(f"model.family={cfg.family} reads the first tokens of a row with its encoder: prefix must be 1 or more")
+        raise BadInput(
+            f"model.family={cfg.family} reads the first tokens of a row with its encoder: prefix must be 1 or more"
+        )
     module = Seq2Seq(cfg, train=dropout_key is not None)
     rngs = {"dropout": dropout_key} if dropout_key is not None else {}
     return module.apply({"params": params}, tokens_BxT, segment_BxT, cache, prefix, rngs=rngs)

@@ -152,7 +152,9 @@ class Transformer(nn.Module):
         length = cache.length if cache is not None else jnp.int32(0)
         start_B, visible_BxS = cache.start_B if cache is not None else None, None
         positions_BxT = positions(tokens_BxT, segment_BxT, length)
-        if cache is not None and segment_BxT is not None:  # the first tokens: segments do their work, and `start_B` goes on
+        if (
+            cache is not None and segment_BxT is not None
+        ):  # the first tokens: segments do their work, and `start_B` goes on
             start_B, segment_BxT = tokens_BxT.shape[1] - 1 - positions_BxT[:, -1], None
         elif start_B is not None:
             positions_BxT = positions_BxT - start_B[:, None]

@@ -61,7 +61,11 @@ def test_every_pair_that_fits_is_in_one_split(pairs_file, tokenizer):
 
 def test_a_row_of_a_pair():
     """Source to the right, target to the left of the boundary: between them nothing, so that both are one document."""
-    encoded = [(np.array([1, 2]), np.array([3])), (np.array([1, 2, 4, 5]), np.array([3])), (np.array([]), np.array([6, 7, 8]))]
+    encoded = [
+        (np.array([1, 2]), np.array([3])),
+        (np.array([1, 2, 4, 5]), np.array([3])),
+        (np.array([]), np.array([6, 7, 8])),
+    ]
     found = list(rows.pair(encoded, 0, 9, 8, 4))
     assert [row["tokens"].tolist() for row in found] == [[9, 0, 1, 2, 0, 3, 0, 9, 9], [9, 9, 9, 0, 0, 6, 7, 8, 0]]
 
@@ -98,7 +102,12 @@ def test_bad_pairs_are_one_line(tmp_path):
 
 def test_distance_and_scores():
     """Insertions, deletions and replacements, counted by character of what is wanted."""
-    assert [pairs.edit_distance(a, b) for a, b in [("", ""), ("кот", ""), ("кот", "кит"), ("кот", "ток")]] == [0, 3, 1, 2]
+    assert [pairs.edit_distance(a, b) for a, b in [("", ""), ("кот", ""), ("кот", "кит"), ("кот", "ток")]] == [
+        0,
+        3,
+        1,
+        2,
+    ]
     assert pairs.edit_distance("intention", "execution") == 5
     found = pairs.score(["кот", "кит"], ["кот", "скит"])
     assert found == {"exact_match": 0.5, "character_error_rate": pytest.approx(1 / 7)}

@@ -29,7 +29,9 @@ VASWANI = replace(
 )
 MODELS = {
     "vaswani": VASWANI,
-    "modern": replace(BASE, family="encoder_decoder", num_encoder_layers=1, num_kv_heads=1, mlp="swiglu", scan_layers=True),
+    "modern": replace(
+        BASE, family="encoder_decoder", num_encoder_layers=1, num_kv_heads=1, mlp="swiglu", scan_layers=True
+    ),
     "learned": replace(BASE, family="encoder_decoder", positions="learned", max_context=8, tie_embeddings=False),
     "bahdanau": replace(BASE, family="seq2seq_rnn", num_layers=1, num_encoder_layers=2),
     "deep rnn": replace(BASE, family="seq2seq_rnn", num_layers=3, num_encoder_layers=1, tie_embeddings=False),
@@ -224,7 +226,9 @@ def reference_recurrent(cfg, params, source, target):
 
 def reference(cfg, params, source, target):
     """Logits of one row's target, T-P x V."""
-    return (reference_transformer if cfg.family == "encoder_decoder" else reference_recurrent)(cfg, params, source, target)
+    return (reference_transformer if cfg.family == "encoder_decoder" else reference_recurrent)(
+        cfg, params, source, target
+    )
 
 
 @every_model
@@ -331,7 +335,9 @@ def test_gradients_equal_finite_differences(cfg, room):
 def test_greedy_text_is_that_of_the_full_forward_pass(cfg):
     """One compiled loop generates for all families; here it encodes first."""
     params, text_BxT = random_params(cfg), random_tokens(5, (B, P + 2))
-    fast = sampling.generate(cfg, params, jnp.asarray(text_BxT), jax.random.key(0), num_tokens=4, temperature=0, prefix=P)
+    fast = sampling.generate(
+        cfg, params, jnp.asarray(text_BxT), jax.random.key(0), num_tokens=4, temperature=0, prefix=P
+    )
     for _ in range(4):
         best_B = np.asarray(run(cfg, params, text_BxT)[:, -1].argmax(-1), np.int32)
         text_BxT = np.concatenate([text_BxT, best_B[:, None]], axis=1)

@@ -13,7 +13,7 @@ import pytest
 from flax import linen as nn
 from jax.sharding import PartitionSpec
 
-from llm_jax.config import BadInput, Model
+from llm_jax.config import Model
 from llm_jax.generation import sampling
 from llm_jax.models import families, recurrent
 
