@@ -14,8 +14,8 @@ from llm_jax.generation import sampling
 from llm_jax.generation.beam import beam_search, length_penalty
 from llm_jax.models import families
 
-VOCAB, END, P, STEPS = 4, 3, 3, 4
-BASE = Model(vocab_size=VOCAB, num_layers=2, d_model=8, num_heads=1)
+VOCAB, END, P, STEPS = 3, 2, 3, 3
+BASE = Model(vocab_size=VOCAB, num_layers=1, d_model=8, num_heads=1, tie_embeddings=False)
 MODELS = {
     "encoder_decoder": replace(BASE, family="encoder_decoder"),
     "seq2seq_rnn": replace(BASE, family="seq2seq_rnn"),
@@ -23,9 +23,17 @@ MODELS = {
     "lstm": replace(BASE, family="lstm"),
 }
 every_model = pytest.mark.parametrize("cfg", MODELS.values(), ids=MODELS)
-PROMPT = np.asarray([[0, 1, 2, 3], [2, 2, 0, 3], [9, 1, 0, 3]], np.int32) % VOCAB
+PROMPT = np.asarray([[0, 1, 2, 0], [1, 1, 0, 1], [2, 1, 0, 2]], np.int32)
 SEGMENTS = np.asarray([[0, 0, 0, 0], [0, 0, 0, 0], [1, 0, 0, 0]], np.int32)
 """The last prompt is a token shorter, behind padding."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation():
+    """Most of this file is compiling."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @functools.lru_cache
@@ -64,15 +72,15 @@ def brute_force(cfg, params, alpha):
     return sequences, counted.reshape(rows, -1) / ((5 + length) / 6) ** alpha
 
 
-@every_model
-@pytest.mark.parametrize("alpha", [0.0, 1.5])
-def test_a_beam_of_all_sequences_finds_the_best(cfg, alpha):
+@pytest.mark.parametrize(("name", "alpha"), [*((name, 1.5) for name in MODELS), ("encoder_decoder", 0.0)])
+def test_a_beam_of_all_sequences_finds_the_best(name, alpha):
     """As wide as there are continuations, the search is exhaustive: the best ones, in their order, with their scores."""
+    cfg = MODELS[name]
     params = random_params(cfg)
     ids_BxWxC, score_BxW = search(cfg, params, width=VOCAB**STEPS, alpha=alpha)
     sequences, scores = brute_force(cfg, params, alpha)
-    order = np.argsort(-scores, axis=1)[:, :10]
-    np.testing.assert_allclose(score_BxW[:, :10], np.take_along_axis(scores, order, axis=1), rtol=2e-5, atol=1e-5)
+    order = np.argsort(-scores, axis=1)[:, :5]
+    np.testing.assert_allclose(score_BxW[:, :5], np.take_along_axis(scores, order, axis=1), rtol=2e-5, atol=1e-5)
     np.testing.assert_array_equal(ids_BxWxC[:, 0], sequences[order[:, 0]])
     assert (score_BxW[:, len(sequences) :] == np.float32(-1e30)).all(), "there are no more"
 
@@ -80,6 +88,7 @@ def test_a_beam_of_all_sequences_finds_the_best(cfg, alpha):
 @every_model
 def test_width_one_is_greedy(cfg):
     """It stops at the first end that is likeliest, though a longer text might score better."""
+    cfg = replace(cfg, vocab_size=12)
     params = random_params(cfg)
     ids_BxC = search(cfg, params, width=1, num_tokens=12)[0][:, 0]
     greedy = np.array(
@@ -96,7 +105,7 @@ def test_width_one_is_greedy(cfg):
     )
     after = np.cumsum(greedy == END, axis=1) > 0
     np.testing.assert_array_equal(ids_BxC, np.where(after, END, greedy))
-    assert len({tuple(row) for row in ids_BxC}) > 1
+    assert len({tuple(row) for row in ids_BxC}) > 1, "or the test shows nothing"
 
 
 def test_scores_are_those_of_the_sequences():
