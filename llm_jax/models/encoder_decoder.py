@@ -167,7 +167,11 @@ class EncoderDecoder(nn.Module):
             logits_BxTxV = cfg.logit_softcap * jnp.tanh(logits_BxTxV / cfg.logit_softcap)
         if cache is None:
             return logits_BxTxV
-        return logits_BxTxV, Cache(*kv, length + tokens_BxT.shape[1], visible_BxP)
+        k_LxBxSxKxH, v_LxBxSxKxH, source_k_LxBxPxKxH, source_v_LxBxPxKxH = kv
+        length = length + tokens_BxT.shape[1]
+        return logits_BxTxV, Cache(
+            k_LxBxSxKxH, v_LxBxSxKxH, source_k_LxBxPxKxH, source_v_LxBxPxKxH, length, visible_BxP
+        )
 
 
 def init(cfg: Model, key: jax.Array) -> Params:
@@ -208,9 +212,11 @@ def apply(
 
 def init_cache(cfg: Model, batch: int, length: int, prefix: int) -> Cache:
     _check_positions(cfg, max(prefix, length - prefix))
-    own = (cfg.num_layers, batch, length - prefix, cfg.kv_heads, cfg.head_width)
-    source = (cfg.num_layers, batch, prefix, cfg.kv_heads, cfg.head_width)
-    return Cache(*(jnp.zeros(shape, cfg.dtype) for shape in (own, own, source, source)), jnp.int32(0), None)
+    own, source = (
+        jnp.zeros((cfg.num_layers, batch, positions, cfg.kv_heads, cfg.head_width), cfg.dtype)
+        for positions in (length - prefix, prefix)
+    )
+    return Cache(own, own, source, source, jnp.int32(0), None)
 
 
 def _check_positions(cfg: Model, num_tokens: int) -> None:

@@ -155,14 +155,15 @@ class Seq2Seq(nn.Module):
             )(cfg, self.train, name=name)
 
         if prefix:
-            keep_RxTxBx1, visible_BxP, first_BxP = None, None, jnp.arange(prefix)[None, :] == 0
+            keep: Any = None
+            visible_BxP, first_BxP = None, jnp.arange(prefix)[None, :] == 0
             if segment_BxT is not None:
                 segment_BxP = segment_BxT[:, :prefix]
                 visible_BxP = segment_BxP == segment_BxT[:, prefix : prefix + 1]
                 first_BxP = visible_BxP & (jnp.cumsum(visible_BxP, axis=1) == 1)
-                keep_RxTxBx1 = jnp.stack([document_starts(segment_BxP), document_starts(segment_BxP[:, ::-1])])
+                keep = document_starts(segment_BxP), document_starts(segment_BxP[:, ::-1])
             x_TxBxD, _ = stack(EncoderLayer, cfg.encoder_layers, "encoder_blocks", nn.broadcast)(
-                embedded(tokens_BxT[:, :prefix]), keep_RxTxBx1
+                embedded(tokens_BxT[:, :prefix]), jnp.stack(keep) if keep else None
             )
             source_BxPxD = Norm(cfg.norm, name="encoder_norm")(jnp.swapaxes(x_TxBxD, 0, 1))
             keys_DxD = self.param("keys", normal(("embed", "state"), width), (width, width))

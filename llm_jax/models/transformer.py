@@ -150,14 +150,14 @@ class Transformer(nn.Module):
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
         embed_VxD = self.param("embed", normal(("vocab", "embed"), cfg.d_model), (cfg.vocab_size, cfg.d_model))
         length = cache.length if cache is not None else jnp.int32(0)
-        start_B, visible_BxS = cache.start_B if cache is not None else None, None
         positions_BxT = positions(tokens_BxT, segment_BxT, length)
+        start_B, visible_BxS = None, None
         if (
             cache is not None and segment_BxT is not None
-        ):  # the first tokens: segments do their work, and `start_B` goes on
+        ):  # of the first tokens: all read their row's last document alone
             start_B, segment_BxT = tokens_BxT.shape[1] - 1 - positions_BxT[:, -1], None
-        elif start_B is not None:
-            positions_BxT = positions_BxT - start_B[:, None]
+        elif cache is not None and cache.start_B is not None:
+            start_B, positions_BxT = cache.start_B, positions_BxT - cache.start_B[:, None]
         if cache is not None and start_B is not None:
             visible_BxS = jnp.arange(cache.k_LxBxSxKxH.shape[2])[None, :] >= start_B[:, None]
         angles = rotation(positions_BxT, cfg) if cfg.positions == "rotary" else None

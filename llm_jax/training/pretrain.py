@@ -45,8 +45,10 @@ def loss_fn(model: Model, train: Train, prefix: int = 0) -> LossFn:
     """loss(params, batch, key) of `make_batch`'s batches, by the settings of losses in `train`; see LossFn."""
 
     def loss(params: Any, batch: dict[str, jax.Array], key: jax.Array):
-        predicted = _predicted(model, params, batch, prefix, key if model.dropout else None)
-        return cross_entropy(*predicted, train.z_loss, train.label_smoothing)
+        logits_BxTxV, targets_BxT, weights_BxT = _predicted(
+            model, params, batch, prefix, key if model.dropout else None
+        )
+        return cross_entropy(logits_BxTxV, targets_BxT, weights_BxT, train.z_loss, train.label_smoothing)
 
     return loss
 

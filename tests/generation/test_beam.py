@@ -122,6 +122,22 @@ def test_scores_are_those_of_the_sequences():
         np.testing.assert_allclose(found, expected, rtol=2e-5, atol=1e-5)
 
 
+def test_a_bad_end_does_not_stop_a_good_hypothesis():
+    """Found on trained models: where the first token is all but certain, a beam that stops once W hypotheses have ended, however
+    unlikely, ends before the best one does. Here each token is followed by the next with p = 0.97."""
+    vocab = 8
+    cfg = Model(
+        family="feedforward", vocab_size=vocab, d_model=vocab, d_ff=vocab, ngram_order=2, direct_connections=True
+    )
+    params = jax.tree.map(jnp.zeros_like, families.init(cfg, jax.random.key(0)))
+    params["embed"] = jnp.eye(vocab) / vocab**0.5
+    likely = np.log(0.97 / 0.03 * (vocab - 1)) * np.eye(vocab)[[*range(1, vocab), 0]]
+    params["direct"] = jnp.asarray(likely[None], jnp.float32)
+    ids_BxWxC, score_BxW = beam_search(cfg, params, jnp.zeros((1, 1), jnp.int32), num_tokens=12, width=4, end=7)
+    np.testing.assert_array_equal(ids_BxWxC[0, 0], [1, 2, 3, 4, 5, 6, *6 * (7,)])
+    assert float(score_BxW[0, 0]) == pytest.approx(7 * np.log(0.97) / 2**0.6, rel=1e-5)
+
+
 def test_rows_do_not_touch_each_other():
     """A row that is ready early waits for the others unchanged."""
     cfg = MODELS["seq2seq_rnn"]
