@@ -305,7 +305,8 @@ class Data:
     eval_tokens: int = 65_536
     """Tokens of the fixed held-out set, spread evenly over the held-out documents; all of them where there are fewer."""
     document_mask: bool = False
-    """Attention stays inside a document. Off, as in GPT-2: a packed row then sees the end of the document before."""
+    """Attention stays inside a document, and a recurrent state starts anew with it. Off, as in GPT-2: a packed row then sees the
+    end of the document before."""
     shuffle_seed: int = 0
     synthetic: Synthetic = field(default_factory=Synthetic)
 
