@@ -146,6 +146,22 @@ def test_dropless_equals_the_loop_at_a_large_shape(monkeypatch, product, dtype, 
     assert grads[0][1].dtype == dtype
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 1e-2)])
+def test_both_ways_to_add_up_blocks(dtype, tolerance):
+    """CPUs run the one and accelerators the other: also where an expert has no block, or nearly all.
+
+    XLA's CPU compiler has no product of bfloat16 into float32, which is all that the other needs.
+    """
+    expert_P = jnp.asarray([0] * 140 + [2] * 3 + [3], jnp.int32)
+    by_block_PxDxF = activations(144, 35).reshape(144, 5, 7).astype(dtype)
+    plain_PxDxF, plain_P = np.asarray(by_block_PxDxF, np.float64), np.asarray(expert_P)
+    expected = np.stack([plain_PxDxF[plain_P == e].sum(0) for e in range(5)])
+    for way in (moe.sum_multiplied, moe.sum_scattered) if dtype == "float32" else (moe.sum_scattered,):
+        found = way(by_block_PxDxF, expert_P, 5)
+        assert found.dtype == jnp.float32
+        assert_close(found, expected, tolerance)
+
+
 @every_variant
 @pytest.mark.parametrize("mlp", ["relu2", "swiglu"])
 def test_every_variant_equals_the_loop(experts, mlp):
