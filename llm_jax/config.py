@@ -6,6 +6,7 @@ Dimension letters in array names, as in `logits_BxTxV` (scaling/ writes paramete
     T  positions of a row       F  hidden width of the MLP          G  query heads a key/value head, N // K
     S  positions attended to    V  vocabulary                       H  width of one head
     L  layers                   N  query heads                      C  steps of one compiled call
+    E  experts                  M  tokens of all rows, B x T        J  experts that a token goes to
     P  positions of the prefix of a row, which an encoder reads    W  hypotheses of a beam
 
 This module imports nothing heavy, so that `llm-jax --help` answers at once.
@@ -67,6 +68,70 @@ def _check_types(config: Any, path: str) -> None:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """A mixture of experts in place of the MLP of every block (Shazeer et al. 2017, Fedus et al. 2021). Of family transformer alone."""
+
+    number: int = 0
+    """E, the experts that a router chooses from; 0: a dense MLP, and nothing below is read."""
+    per_token: int = 2
+    """k, the experts that a token goes to: 1 in Switch (Fedus et al. 2021), 2 in GShard and Mixtral. With routing=expert, on average."""
+    shared: int = 0
+    """Experts of the same width that every token passes besides (DeepSeekMoE, Dai et al. 2024)."""
+    granularity: int = 1
+    """G = hidden width of the dense MLP over that of an expert: more than 1 for fine-grained ones (Krajewski et al. 2024)."""
+    routing: Literal["token", "expert"] = "token"
+    """Who chooses: a token its k experts, or an expert its k / E of the batch's tokens (Zhou et al. 2022). The latter looks ahead,
+    at later tokens of the row, and so its training loss is none of a language model; held-out loss and generation let the tokens
+    choose by the same router."""
+    gate: Literal["softmax", "sigmoid"] = "softmax"
+    """How scores become weights: softmax over all experts (Shazeer et al. 2017), or a sigmoid each (DeepSeek-V3, 2024)."""
+    normalize: bool = True
+    """The weights of a token's k experts add up to 1, as in GShard, Mixtral and DeepSeek-V3. Read by routing=token; with k = 1 it
+    would leave the router without a gradient, and Switch does not."""
+    balance: Literal["aux", "bias", "none"] = "aux"
+    """aux: the loss of Switch (Fedus et al. 2021, eq. 4); bias: one an expert, added to its score where experts are chosen and not to
+    its weight, moved after each step towards the mean load (Wang et al. 2024, DeepSeek-V3). Experts that choose need none."""
+    aux_weight: float = 0.01
+    """Of the balancing loss, a layer (0.01 in Fedus et al. 2021)."""
+    bias_rate: float = 0.001
+    """What the bias moves by in a step (Wang et al. 2024, section 4.1)."""
+    z_weight: float = 0.001
+    """Of the router z-loss, mean(logsumexp(router logits)^2), a layer (ST-MoE, Zoph et al. 2022, eq. 5)."""
+    capacity_factor: float | None = None
+    """None: dropless. A number c: in training an expert takes the first c k M / E choices of a batch of M tokens and drops the rest
+    (Lepikhin et al. 2020); evaluation and generation drop nothing."""
+
+    def __post_init__(self) -> None:
+        _check_types(self, "model.experts")
+        for name in ("number", "shared", "aux_weight", "bias_rate", "z_weight"):
+            _require(getattr(self, name) >= 0, f"model.experts.{name} must not be negative, got {getattr(self, name)}")
+        for name in ("per_token", "granularity", "capacity_factor"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, f"model.experts.{name} must be positive, got {value}")
+        if not self.number:
+            return
+        _require(
+            self.per_token <= self.number,
+            f"model.experts.per_token={self.per_token} exceeds model.experts.number={self.number}",
+        )
+        if self.routing == "expert":
+            _require(
+                self.balance == "none" and self.capacity_factor is None,
+                "model.experts.routing=expert fills every expert alike: it needs balance=none and no capacity_factor",
+            )
+        else:
+            _require(
+                self.per_token > 1 or not self.normalize,
+                "model.experts.normalize=true makes the one weight of per_token=1 a constant; set it to false",
+            )
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the routed experts that a token does not pass; 0 for a dense MLP (Abnar et al. 2025)."""
+        return 1 - self.per_token / self.number if self.number else 0.0
+
+
+@dataclass(frozen=True)
 class Model:
     """A language model of one of several families. A field that a family does not read is said so; it changes nothing there."""
 
@@ -96,6 +161,7 @@ class Model:
     Of feedforward, its hidden layer."""
     mlp: Literal["gelu", "swiglu", "relu2", "relu"] = "relu2"
     """relu2 is the squared ReLU of Primer (So et al. 2021), relu that of Vaswani et al. 2017."""
+    experts: Experts = field(default_factory=Experts)
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     """Not read by feedforward, which has none."""
     norm_position: Literal["pre", "post"] = "pre"
@@ -152,6 +218,14 @@ class Model:
                 self.d_model % 2 == 0,
                 f"model.d_model={self.d_model} does not divide among two directions of the encoder; try {self.d_model + 1}",
             )
+        if self.experts.number:
+            _require(self.family == "transformer", f"model.experts needs model.family=transformer, got {self.family}")
+            grains = self.experts.granularity
+            if self.ff_width % grains:
+                near = max(grain for grain in range(1, grains) if self.ff_width % grain == 0)
+                raise BadInput(
+                    f"model.experts.granularity={grains} does not divide the width {self.ff_width} of the MLP; nearest below: {near}"
+                )
 
     def _check_attention(self) -> None:
         if self.head_dim is None and self.d_model % self.num_heads:
@@ -216,6 +290,11 @@ class Model:
             return self.d_ff
         return -(-8 * self.d_model // 3 // 8) * 8 if self.attends and self.mlp == "swiglu" else 4 * self.d_model
 
+    @property
+    def expert_width(self) -> int:
+        """Hidden width of one expert."""
+        return self.ff_width // self.experts.granularity
+
 
 @dataclass(frozen=True)
 class Synthetic:
@@ -264,7 +343,8 @@ class Data:
     eval_tokens: int = 65_536
     """Tokens of the fixed held-out set, spread evenly over the held-out documents; all of them where there are fewer."""
     document_mask: bool = False
-    """Attention stays inside a document. Off, as in GPT-2: a packed row then sees the end of the document before."""
+    """Attention stays inside a document, and a recurrent state starts anew with it. Off, as in GPT-2: a packed row then sees the
+    end of the document before."""
     shuffle_seed: int = 0
     synthetic: Synthetic = field(default_factory=Synthetic)
 

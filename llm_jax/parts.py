@@ -66,7 +66,8 @@ def num_params(model: Model) -> int:
 
 
 def num_params_active(model: Model, context: int = 1, prefix: int = 0) -> int:
-    """Those that one token uses: N of the training cost C = 6 N D. Of an encoder and a decoder, the mean over the tokens of a row."""
+    """Those that one token uses: N of the training cost C = 6 N D. Fewer than all for a mixture of experts, and where an encoder and a
+    decoder share a row, the mean over its tokens."""
     return sum(round(part.active * part.params) for part in parts(model, context, prefix))
 
 
@@ -100,7 +101,7 @@ def _norm(name: str, model: Model, times: int = 1) -> Part:
 def _transformer(model: Model, context: int) -> tuple[Part, ...]:
     branches = (
         _attention("blocks/attention", model, model.num_layers, context),
-        _mlp("blocks/mlp", model, model.num_layers),
+        _experts(model) if model.experts.number else _mlp("blocks/mlp/", model, model.num_layers, model.ff_width),
     )
     found = [*_inputs(model), *_block("blocks", model, model.num_layers, *branches)]
     return (*found, *([_norm("norm", model)] if model.norm_position == "pre" else []), _head(model))
@@ -136,9 +137,26 @@ def _attention(name: str, model: Model, layers: int, positions: int) -> list[Par
     ]
 
 
-def _mlp(name: str, model: Model, layers: int) -> list[Part]:
-    up = [_matrix(f"{name}/{of}", model.d_model, (model.ff_width,), layers) for of in ("up", "gate")]
-    return [*up[: 2 if model.mlp == "swiglu" else 1], _matrix(f"{name}/down", model.ff_width, (model.d_model,), layers)]
+def _mlp(name: str, model: Model, layers: int, hidden: int) -> list[Part]:
+    """`name` is what the names of its arrays begin with."""
+    ins = ("up", "gate") if model.mlp == "swiglu" else ("up",)
+    found = [_matrix(name + of, model.d_model, (hidden,), layers) for of in ins]
+    return [*found, _matrix(f"{name}down", hidden, (model.d_model,), layers)]
+
+
+def _experts(model: Model) -> list[Part]:
+    mixture, layers = model.experts, model.num_layers
+    number, used = mixture.number, mixture.per_token
+    found = [_matrix("blocks/mlp/router", model.d_model, (number,), layers)]
+    if mixture.balance == "bias":
+        found.append(Part("blocks/mlp/router_bias", "bias", (number,), 0, layers))
+    found += [
+        replace(part, shape=(number, *part.shape), outputs=used * part.outputs, active=used / number)
+        for part in _mlp("blocks/mlp/", model, layers, model.expert_width)
+    ]
+    return found + (
+        _mlp("blocks/mlp/shared_", model, layers, mixture.shared * model.expert_width) if mixture.shared else []
+    )
 
 
 def _shared(found: Iterable[Part], share: float) -> list[Part]:
@@ -155,7 +173,7 @@ def _encoder_decoder(model: Model, context: int, prefix: int) -> tuple[Part, ...
         model,
         encoded,
         _attention("encoder_blocks/attention", model, encoded, prefix),
-        _mlp("encoder_blocks/mlp", model, encoded),
+        _mlp("encoder_blocks/mlp/", model, encoded, model.ff_width),
     )
     cross = _attention("decoder_blocks/cross", model, layers, prefix)
     # Its keys and values are of the source, and stand before the decoder.
@@ -166,7 +184,7 @@ def _encoder_decoder(model: Model, context: int, prefix: int) -> tuple[Part, ...
         layers,
         _attention("decoder_blocks/attention", model, layers, read),
         [part for part in cross if part not in keys],
-        _mlp("decoder_blocks/mlp", model, layers),
+        _mlp("decoder_blocks/mlp/", model, layers, model.ff_width),
     )
     return (
         *_inputs(model),

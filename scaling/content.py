@@ -100,7 +100,7 @@ def _facts(folder: Path, described: dict[str, Any], rows: list[dict[str, Any]]) 
 
     done = [row for row in rows if row["status"] == "done"]
     spent = sum(row["C_flops"] for row in done)
-    saved = sum(6.0 * row["N_params"] * row["first_step"] * row["tokens_per_step"] for row in rows)
+    saved = sum(6.0 * row["N_active"] * row["first_step"] * row["tokens_per_step"] for row in rows)
     hardware = sorted({row["hardware"] for row in rows if row["hardware"]})
     facts = {
         "data": f"{described['config']['data']['source']}, fingerprint {described['data']}",

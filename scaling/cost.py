@@ -2,8 +2,9 @@
 
 A multiplication and an addition are two FLOPs; the backward pass costs twice the forward. All of these are stored with each trial.
 
-Where FLOPs are counted, N is that of the active parameters: those that a token multiplies with. Of an encoder and a decoder it is the
-mean over the tokens of a row, of which each passes through one of the two (Raffel et al. 2020, section 3.2.2, count them so).
+Where FLOPs are counted, N is that of the active parameters, those that a token multiplies with. Of a mixture of experts they are the
+router, k of the E experts and the shared ones (Clark et al. 2022, section 2; Abnar et al. 2025, section 2). Of an encoder and a decoder
+they are the mean over the tokens of a row, of which each passes through one of the two (so Raffel et al. 2020, section 3.2.2).
 """
 
 from __future__ import annotations
@@ -40,13 +41,17 @@ def flops_per_token(model: Model, context: int, prefix: int = 0) -> dict[str, in
 
 
 def counts(model: Model, context: int, d_tokens: int, prefix: int = 0) -> dict[str, float]:
-    """The columns of a ledger's row."""
+    """The columns of a ledger's row. A dense model counts as one expert, of granularity 1 and sparsity 0 (Clark et al. 2022)."""
     per_token, active = flops_per_token(model, context, prefix), num_params_active(model, context, prefix)
+    experts = model.experts
     return {
         "N_params": num_params(model),
         "N_active": active,
         "N_non_embedding": num_params_matrices(model),
         "D_tokens": d_tokens,
+        "num_experts": max(1, experts.number),
+        "granularity": experts.granularity if experts.number else 1,
+        "sparsity": experts.sparsity,
         "C_flops": flops_6nd(active, d_tokens),
         **{
             f"C_{name}": float(per_token[name]) * float(d_tokens)

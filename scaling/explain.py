@@ -51,8 +51,8 @@ def explain(config: Config) -> dict[str, Any]:
 
 
 def _bytes(part: Part, model: Model) -> int:
-    """Of a number: logits and the scores of attention are float32 whatever the model computes in."""
-    return 4 if model.dtype == "float32" or part.kind == "head" or part.name.endswith("/scores") else 2
+    """Of a number: logits, the scores of attention and those of a router are float32 whatever the model computes in."""
+    return 4 if model.dtype == "float32" or part.kind == "head" or part.name.endswith(("/scores", "/router")) else 2
 
 
 def describe(found: Mapping[str, Any]) -> str:
@@ -90,7 +90,7 @@ def describe(found: Mapping[str, Any]) -> str:
             "",
             "Parameters and activations are of all layers, FLOPs of their forward pass; training costs three times as many. "
             f"Activations: what the parts put out for one microbatch of {found['tokens_per_microbatch']:,} tokens.",
-            f"N {run['N_params']:,}, without embeddings {run['N_non_embedding']:,}; D {run['D_tokens']:,}; "
+            f"N {run['N_params']:,}, active {run['N_active']:,}, without embeddings {run['N_non_embedding']:,}; D {run['D_tokens']:,}; "
             f"attention over {found['context']} positions",
             "training FLOPs a token, and C of the run:",
             *(f"  {name:14}{per_token[name]:>16,}{run[column]:>12.4g}" for name, column in conventions.items()),

@@ -7,7 +7,7 @@ RUN/trials/<fingerprint>/
     lock                        held by the worker that trains it; the kernel frees it when that worker dies
     result.json                 loss and counts, written once; the same bits whoever trained it, and however often killed
     timing.json                 what differs from machine to machine
-    metrics.jsonl, checkpoints/, tensorboard/
+    metrics.jsonl, checkpoints/ (counts.npz of an n-gram model), tensorboard/
 """
 
 from __future__ import annotations

@@ -86,9 +86,9 @@ class Table:
 def read(path: str | Path) -> Table:
     """The table of a run directory (its `table.csv`), or of any CSV with a header; BadInput where it cannot be read.
 
-    A law asks for the columns it needs: N_params (parameters), D_tokens (tokens), loss (nats a token). Two columns are
-    made where they are absent: `row`, the number of the row in the file from 1, and C_flops = 6 N D (Kaplan et al.
-    2020), in float64 because 6 N D overflows an int64.
+    A law asks for the columns it needs: N_params (parameters), D_tokens (tokens), loss (nats a token). Three columns are
+    made where they are absent: `row`, the number of the row in the file from 1, N_active, which is N_params, and C_flops =
+    6 N D of the active N (Kaplan et al. 2020), in float64 because 6 N D overflows an int64.
     """
     path = Path(path)
     path = path / "table.csv" if path.is_dir() else path
@@ -107,12 +107,14 @@ def read(path: str | Path) -> Table:
             raise BadInput(f"{path}, row {number}: {len(row)} cells under a header of {len(header)}")
     columns = {name: _parse([row[i].strip() for row in rows]) for i, name in enumerate(header)}
     columns.setdefault("row", np.arange(1.0, len(rows) + 1))
+    if "N_params" in columns:
+        columns.setdefault("N_active", columns["N_params"])
     if "C_flops" not in columns and {"N_params", "D_tokens"} <= set(columns):
-        for name in ("N_params", "D_tokens"):
+        for name in ("N_params", "N_active", "D_tokens"):
             if columns[name].dtype.kind != "f":
                 bad = next(cell for cell in columns[name] if not _is_number(cell))
                 raise BadInput(f'{path}: column {name} must hold numbers, got "{bad}"')
-        columns["C_flops"] = 6 * columns["N_params"] * columns["D_tokens"]
+        columns["C_flops"] = 6 * columns["N_active"] * columns["D_tokens"]
     return Table(columns)
 
 

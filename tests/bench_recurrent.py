@@ -3,6 +3,8 @@
     python tests/bench_recurrent.py
 
 Both run one layer over rows of 128 steps, forward and backward to inputs and weights, compiled, turn about; the best of 15.
+Measured on one busy core, in CPU time: at 4 rows of width 64 an LSTM is 1.5 times as fast as linen's and an RNN 2.1 times, at 16 rows
+of width 128 it is 1.0 and 1.3; at 64 rows of width 256 the matrix products are all, and both are within 8 % of linen's.
 """
 
 import functools

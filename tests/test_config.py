@@ -213,6 +213,26 @@ REFUSED = [
     ({"model.qk_norm": 1}, 'model.qk_norm cannot be "1"; must be bool'),
     ({"model.logit_softcap": -1.0}, "model.logit_softcap must be positive, got -1.0"),
     ({"model.max_context": 0}, "model.max_context must be positive, got 0"),
+    ({"model.experts.number": -1}, "model.experts.number must not be negative, got -1"),
+    (
+        {"model.experts.number": 4, "model.experts.per_token": 5},
+        "model.experts.per_token=5 exceeds model.experts.number=4",
+    ),
+    (
+        {"model.experts.number": 4, "model.experts.per_token": 1},
+        "model.experts.normalize=true makes the one weight of per_token=1 a constant; set it to false",
+    ),
+    (
+        {"model.experts.number": 4, "model.experts.routing": "expert"},
+        "model.experts.routing=expert fills every expert alike: it needs balance=none and no capacity_factor",
+    ),
+    (
+        {"model.experts.number": 4, "model.experts.granularity": 3},
+        "model.experts.granularity=3 does not divide the width 512 of the MLP; nearest below: 2",
+    ),
+    ({"model.experts.number": 4, "model.family": "lstm"}, "model.experts needs model.family=transformer, got lstm"),
+    ({"model.experts.gate": "softmx"}, 'model.experts.gate cannot be "softmx"; did you mean "softmax"?'),
+    ({"model.experts.capacity_factor": 0.0}, "model.experts.capacity_factor must be positive, got 0.0"),
     ({"data.source": "tfds:"}, 'data.source "tfds:" is no source; did you mean "tfds:NAME"?'),
     ({"data.source": "files", "data.files": "a.txt"}, "data.files must be a list of strings, got 'a.txt'"),
     ({"train.peak_lr": "ruel"}, 'train.peak_lr cannot be "ruel"; must be float or rule'),

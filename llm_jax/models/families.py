@@ -56,6 +56,21 @@ def apply(
     return out[:, prefix:] if cache is None else (out[0][:, prefix:], out[1])
 
 
+def apply_training(
+    cfg: Model,
+    params: Params,
+    tokens_BxT: jax.Array,
+    segment_BxT: jax.Array | None = None,
+    dropout_key: jax.Array | None = None,
+    prefix: int = 0,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """(logits_BxTxV, routing): as `apply`, with what the routers of a mixture of experts did, a layer (moe.Routing); else empty."""
+    if not cfg.experts.number:
+        return apply(cfg, params, tokens_BxT, segment_BxT, None, dropout_key, prefix), {}
+    logits_BxTxV, routing = FAMILIES[cfg.family].apply_routed(cfg, params, tokens_BxT, segment_BxT, dropout_key)
+    return logits_BxTxV[:, prefix:], routing
+
+
 def init_cache(cfg: Model, batch: int, length: int, prefix: int = 0) -> Any:
     """An empty cache for `batch` rows of at most `length` positions, of which `prefix` are those of an encoder.
 

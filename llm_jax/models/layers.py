@@ -49,3 +49,13 @@ def project(x: jax.Array, kernel: jax.Array, num_in: int = 1) -> jax.Array:
     width = math.prod(kernel.shape[:num_in])
     flat = x.reshape(-1, width) @ kernel.reshape(width, -1).astype(x.dtype)
     return flat.reshape(*x.shape[: x.ndim - num_in], *kernel.shape[num_in:])
+
+
+def activate(kind: str, up: jax.Array, gate: jax.Array | None = None) -> jax.Array:
+    """The hidden layer of an MLP: GELU (its tanh form), SwiGLU (Shazeer 2020), squared ReLU (So et al. 2021) or ReLU."""
+    if kind == "swiglu":
+        assert gate is not None
+        return jax.nn.silu(gate) * up
+    if kind == "gelu":
+        return jax.nn.gelu(up)
+    return jax.nn.relu(up) if kind == "relu" else jnp.square(jax.nn.relu(up))

@@ -2,8 +2,10 @@
 with the forget gate of Gers et al. 2000).
 
 Layers are stacked on a residual stream, each behind a norm, with dropout between them and never on the recurrence (Zaremba et al.
-2014). The products with the inputs of all steps are one matrix product before the loop over time; inside it remains the product
-with the state. Dimension letters beside those of config.py: Z gates, 4 of an LSTM (input, forget, cell, output) and 1 of an RNN.
+2014). The norms, which the first of these models had not, take 9 % off the loss of an LSTM of 25 k parameters at 1e11 FLOPs, each
+way at its best learning rate. The products with the inputs of all steps are one matrix product before the loop over time; inside
+it remains the product with the state. Dimension letters beside those of config.py: Z gates, 4 of an LSTM (input, forget, cell,
+output) and 1 of an RNN.
 """
 
 from __future__ import annotations

@@ -16,7 +16,8 @@ from flax import linen as nn
 
 from llm_jax.config import BadInput, Model
 from llm_jax.models.attention import attend
-from llm_jax.models.layers import Norm, normal, normal_out, project
+from llm_jax.models.layers import Norm, activate, normal, normal_out, project
+from llm_jax.models.moe import Mixture, Routing
 
 Params = Any
 
@@ -93,7 +94,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Position-wise feed-forward: GELU (its tanh form), SwiGLU (Shazeer 2020), squared ReLU (So et al. 2021) or ReLU."""
+    """Position-wise feed-forward."""
 
     cfg: Model
 
@@ -104,15 +105,11 @@ class MLP(nn.Module):
         down_FxD = self.param(
             "down", normal_out(("mlp", "embed"), cfg.ff_width, cfg.num_layers), (cfg.ff_width, cfg.d_model)
         )
-        h_BxTxF = project(x_BxTxD, up_DxF)
+        up_BxTxF, gate_BxTxF = project(x_BxTxD, up_DxF), None
         if cfg.mlp == "swiglu":
             gate_DxF = self.param("gate", normal(("embed", "mlp"), cfg.d_model), (cfg.d_model, cfg.ff_width))
-            h_BxTxF = jax.nn.silu(project(x_BxTxD, gate_DxF)) * h_BxTxF
-        elif cfg.mlp == "gelu":
-            h_BxTxF = jax.nn.gelu(h_BxTxF)
-        else:
-            h_BxTxF = jax.nn.relu(h_BxTxF) if cfg.mlp == "relu" else jnp.square(jax.nn.relu(h_BxTxF))
-        return project(h_BxTxF, down_FxD)
+            gate_BxTxF = project(x_BxTxD, gate_DxF)
+        return project(activate(cfg.mlp, up_BxTxF, gate_BxTxF), down_FxD)
 
 
 class Block(nn.Module):
@@ -126,7 +123,8 @@ class Block(nn.Module):
     def __call__(self, x_BxTxD, cache, angles, segment_BxT, length, visible_BxS=None):
         cfg = self.cfg
         dropout = nn.Dropout(cfg.dropout, deterministic=not self.train)
-        attention, mlp = Attention(cfg, self.causal, name="attention"), MLP(cfg, name="mlp")
+        attention = Attention(cfg, self.causal, name="attention")
+        mlp = Mixture(cfg, self.train, name="mlp") if cfg.experts.number else MLP(cfg, name="mlp")
         norm1, norm2 = Norm(cfg.norm, name="norm1"), Norm(cfg.norm, name="norm2")
         if cfg.norm_position == "pre":
             y_BxTxD, cache = attention(norm1(x_BxTxD), angles, segment_BxT, cache, length, visible_BxS)
@@ -172,7 +170,7 @@ class Transformer(nn.Module):
         x_BxTxD = nn.Dropout(cfg.dropout, deterministic=not self.train)(x_BxTxD)
         layers = nn.scan(
             Block,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "routing": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(0 if cache is not None else nn.broadcast, *4 * (nn.broadcast,)),
             length=cfg.num_layers,
@@ -238,14 +236,34 @@ def apply(
     continues the last document of each row. A dropout key means training: without one, dropout is off. Raises BadInput for
     more tokens than the cache or the learned positions hold.
     """
-    num_tokens = tokens_BxT.shape[1]
-    if cfg.positions == "learned" and num_tokens > cfg.max_context:
-        raise BadInput(f"{num_tokens} tokens exceed the learned positions; model.max_context={cfg.max_context}")
+    num_tokens = _checked_tokens(cfg, tokens_BxT)
     if cache is not None and num_tokens > cache.k_LxBxSxKxH.shape[2]:
         raise BadInput(f"{num_tokens} tokens exceed the cache; it has {cache.k_LxBxSxKxH.shape[2]} positions")
     module = Transformer(cfg, train=dropout_key is not None)
     rngs = {"dropout": dropout_key} if dropout_key is not None else {}
     return module.apply({"params": params}, tokens_BxT, segment_BxT, cache, rngs=rngs)
+
+
+def apply_routed(
+    cfg: Model,
+    params: Params,
+    tokens_BxT: jax.Array,
+    segment_BxT: jax.Array | None = None,
+    dropout_key: jax.Array | None = None,
+) -> tuple[jax.Array, Routing]:
+    """`apply` in training, for a mixture of experts: the logits, and `Routing` of each layer, stacked over L."""
+    _checked_tokens(cfg, tokens_BxT)
+    rngs = {"dropout": dropout_key} if dropout_key is not None else {}
+    module = Transformer(cfg, train=True)
+    logits_BxTxV, sown = module.apply({"params": params}, tokens_BxT, segment_BxT, None, rngs=rngs, mutable=["routing"])
+    return logits_BxTxV, sown["routing"]["blocks"]["mlp"]["sums"]
+
+
+def _checked_tokens(cfg: Model, tokens_BxT: jax.Array) -> int:
+    num_tokens = tokens_BxT.shape[1]
+    if cfg.positions == "learned" and num_tokens > cfg.max_context:
+        raise BadInput(f"{num_tokens} tokens exceed the learned positions; model.max_context={cfg.max_context}")
+    return num_tokens
 
 
 def init_cache(cfg: Model, batch: int, length: int) -> Cache:

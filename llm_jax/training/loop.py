@@ -57,7 +57,8 @@ class Result:
 def compiled_call(model: Model, train: Train, prefix: int):
     """One compilation for all trials of a shape: the settings that do not change the program are reset before they reach here."""
     optimizer = adamw(train)
-    step = make_train_step(pretrain.loss_fn(model, train, prefix), optimizer, train.grad_accumulation)
+    loss_fn, adjust = pretrain.loss_fn(model, train, prefix), pretrain.adjust_fn(model)
+    step = make_train_step(loss_fn, optimizer, train.grad_accumulation, adjust)
     return make_train_call(step, train.steps_per_call), jax.jit(optimizer.init)
 
 

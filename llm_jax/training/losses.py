@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from llm_jax.config import Experts
+
 
 def token_nll(logits_BxTxV: jax.Array, targets_BxT: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Negative log-likelihood of each target in nats, and logsumexp(logits), both float32 and BxT."""
@@ -37,3 +39,15 @@ def cross_entropy(
     if z_loss:
         total = total + z_loss * (jnp.square(lse_BxT) * weights_BxT).sum()
     return total, sums
+
+
+def routing_loss(experts: Experts, routing: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """What the routers of all layers add to the sum over tokens, and sums to report, from `moe.Routing` stacked over layers.
+
+    The balancing loss of Switch (Fedus et al. 2021, eq. 4) and the z-loss of ST-MoE (Zoph et al. 2022, eq. 5) are added for each
+    layer, as published. Reported are means over layers, and "expert_load", LxE: the choices of each expert.
+    """
+    aux_weight = experts.aux_weight if experts.balance == "aux" else 0.0
+    total = aux_weight * routing["balance"].sum() + experts.z_weight * routing["router_z"].sum()
+    names = {"balance": "balance_loss", "router_z": "router_z", "entropy": "router_entropy", "dropped": "dropped"}
+    return total, {"expert_load": routing["load"], **{name: routing[key].mean() for key, name in names.items()}}

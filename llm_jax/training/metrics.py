@@ -39,7 +39,10 @@ class Metrics:
         bad = np.flatnonzero(~np.isfinite(values["nll"]))
         self.last_loss = float(values["nll"][bad[0]] if len(bad) else values["nll"].mean())
         line: dict[str, Any] = {"step": step + n, "tokens": (step + n) * int(cfg.train.tokens_per_step)}
+        load_CxLxE = values.pop("expert_load", None)
         line |= {"loss" if name == "nll" else name: float(value.mean()) for name, value in values.items()}
+        if load_CxLxE is not None:
+            line |= _load(load_CxLxE)
         self._write(line)
         return step + int(bad[0]) if len(bad) else None
 
@@ -50,12 +53,25 @@ class Metrics:
     def _write(self, line: dict[str, Any]) -> None:
         self._file.write(json.dumps(line) + "\n")
         for name, value in line.items():
-            if name not in ("step", "tokens"):
+            if name not in ("step", "tokens", "expert_load"):
                 self._events.add_scalar(name, value, line["step"])
 
     def close(self) -> None:
         self._file.close()
         self._events.close()
+
+
+def _load(load_CxLxE: np.ndarray) -> dict[str, Any]:
+    """How evenly the experts were chosen, in loads of which 1 is the mean over experts.
+
+    The largest of a step (mean over steps and layers), how many experts nobody chose in all of the steps, and each expert's, LxE.
+    """
+    relative_CxLxE = load_CxLxE / load_CxLxE.mean(-1, keepdims=True)
+    return {
+        "expert_load_max": float(relative_CxLxE.max(-1).mean()),
+        "experts_unused": int((load_CxLxE.sum(0) == 0).sum()),
+        "expert_load": relative_CxLxE.mean(0).round(4).tolist(),
+    }
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -13,8 +13,9 @@ from llm_jax.config import Data, Model, Train
 from llm_jax.data.pipeline import EvalSet, segments
 from llm_jax.data.tokenizer import Tokenizer
 from llm_jax.models import families, ngram
-from llm_jax.training.losses import cross_entropy, token_nll
-from llm_jax.training.step import LossFn
+from llm_jax.models.moe import rebalance
+from llm_jax.training.losses import cross_entropy, routing_loss, token_nll
+from llm_jax.training.step import AdjustFn, LossFn
 
 EVAL_ROWS = 16
 """Rows of one forward pass of the evaluation."""
@@ -32,25 +33,41 @@ def make_batch(tokens_BxT: np.ndarray, tokenizer: Tokenizer, data: Data) -> dict
     return batch | {"segments": segments(tokens_BxT, tokenizer.bos)} if data.document_mask else batch
 
 
-def _predicted(model: Model, params: Any, batch: dict[str, jax.Array], prefix: int, key: jax.Array | None = None):
-    """(logits_BxTxV, targets_BxT, weights_BxT) of the tokens after the prefix and the one behind it."""
-    tokens_BxT = batch["tokens"]
-    logits_BxTxV = families.apply(model, params, tokens_BxT[:, :-1], batch.get("segments"), None, key, prefix)
-    targets_BxT = tokens_BxT[:, prefix + 1 :]
+def _targets(batch: dict[str, jax.Array], prefix: int) -> tuple[jax.Array, jax.Array]:
+    """(targets_BxT, weights_BxT) after the prefix: of the inputs from there on, the tokens behind them."""
+    targets_BxT = batch["tokens"][:, prefix + 1 :]
     weights_BxT = batch.get("weights")
-    return logits_BxTxV, targets_BxT, jnp.ones(targets_BxT.shape, jnp.float32) if weights_BxT is None else weights_BxT
+    return targets_BxT, jnp.ones(targets_BxT.shape, jnp.float32) if weights_BxT is None else weights_BxT
 
 
 def loss_fn(model: Model, train: Train, prefix: int = 0) -> LossFn:
     """loss(params, batch, key) of `make_batch`'s batches, by the settings of losses in `train`; see LossFn."""
 
     def loss(params: Any, batch: dict[str, jax.Array], key: jax.Array):
-        logits_BxTxV, targets_BxT, weights_BxT = _predicted(
-            model, params, batch, prefix, key if model.dropout else None
+        logits_BxTxV, routing = families.apply_training(
+            model, params, batch["tokens"][:, :-1], batch.get("segments"), key if model.dropout else None, prefix
         )
-        return cross_entropy(logits_BxTxV, targets_BxT, weights_BxT, train.z_loss, train.label_smoothing)
+        targets_BxT, weights_BxT = _targets(batch, prefix)
+        total, sums = cross_entropy(logits_BxTxV, targets_BxT, weights_BxT, train.z_loss, train.label_smoothing)
+        if not routing:
+            return total, sums
+        added, more = routing_loss(model.experts, routing)
+        return total + added, sums | more
 
     return loss
+
+
+def adjust_fn(model: Model) -> AdjustFn | None:
+    """What a step changes without a gradient: the routers' bias where it balances the experts; None for all other models."""
+    if not (model.experts.number and model.experts.balance == "bias"):
+        return None
+
+    def adjust(params: Any, sums: dict[str, jax.Array]) -> Any:
+        blocks = params["blocks"]
+        bias_LxE = rebalance(model.experts, blocks["mlp"]["router_bias"], sums["expert_load"])
+        return {**params, "blocks": {**blocks, "mlp": {**blocks["mlp"], "router_bias": bias_LxE}}}
+
+    return adjust
 
 
 class Evaluation(NamedTuple):
@@ -66,7 +83,9 @@ def _compiled_nll(model: Model, prefix: int):
     @jax.jit
     def nll(params: Any, batches: dict[str, jax.Array]) -> jax.Array:
         def rows(batch):
-            logits_BxTxV, targets_BxT, weights_BxT = _predicted(model, params, batch, prefix)
+            inputs_BxT, segment_BxT = batch["tokens"][:, :-1], batch.get("segments")
+            logits_BxTxV = families.apply(model, params, inputs_BxT, segment_BxT, prefix=prefix)
+            targets_BxT, weights_BxT = _targets(batch, prefix)
             return (token_nll(logits_BxTxV, targets_BxT)[0] * weights_BxT).sum(-1)
 
         return jax.lax.map(rows, batches)

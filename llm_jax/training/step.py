@@ -15,6 +15,9 @@ Batch = Any
 LossFn = Callable[[Any, Batch, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
 """loss(params, batch, key) -> (sum to minimise, sums to report); the sums hold "weight", which everything is divided by."""
 
+AdjustFn = Callable[[Any, dict[str, jax.Array]], Any]
+"""adjust(params, sums) -> params: what a step changes without a gradient, after the optimizer."""
+
 
 class TrainState(NamedTuple):
     """All that a step reads and writes: float32 parameters, the optimizer's state beside them, and the steps taken."""
@@ -31,7 +34,12 @@ def init_state(params: Any, init_opt: Callable[[Any], Any], seed: int) -> TrainS
     return TrainState(jnp.int32(0), params, init_opt(params), jax.random.key_data(jax.random.key(seed)))
 
 
-def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, grad_accumulation: int = 1):
+def make_train_step(
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    grad_accumulation: int = 1,
+    adjust: AdjustFn | None = None,
+):
     """Returns step(state, batch, learning_rate) -> (state, metrics); pure, for jit or pmap.
 
     Rows of the batch are split into `grad_accumulation` microbatches whose sums are added before the one division, so that
@@ -64,6 +72,8 @@ def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, gr
         grads = jax.tree.map(lambda g: g / weight, grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = jax.tree.map(lambda p, u: p + learning_rate * u, state.params, updates)
+        if adjust:
+            params = adjust(params, sums)
         metrics = {"grad_norm": optax.tree.norm(grads), **{name: value / weight for name, value in sums.items()}}
         return TrainState(state.step + 1, params, opt_state, state.key), metrics
 
@@ -74,7 +84,7 @@ def make_train_call(step, steps_per_call: int):
     """Returns jitted call(state, batches, learning_rates_C, n) -> (state, metrics): the first n <= C steps in one dispatch.
 
     n is an argument and not a shape, so that the short last call of a run needs no second compilation. The state is donated.
-    Metrics are arrays over C; entries from n on are zero.
+    Metrics are arrays whose first axis is C; entries from n on are zero.
     """
 
     @functools.partial(jax.jit, donate_argnums=0)
@@ -87,7 +97,7 @@ def make_train_call(step, steps_per_call: int):
 
         first = jax.tree.map(lambda x: x[0], batches)
         shapes = jax.eval_shape(step, state, first, learning_rates_C[0])[1]
-        metrics = jax.tree.map(lambda x: jnp.zeros((steps_per_call,), x.dtype), shapes)
+        metrics = jax.tree.map(lambda x: jnp.zeros((steps_per_call, *x.shape), x.dtype), shapes)
         return jax.lax.fori_loop(0, n, one, (state, metrics))
 
     return call

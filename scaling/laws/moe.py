@@ -19,14 +19,14 @@ from scaling.laws.law import exponent, law, positive, scale
     E_start=positive(1.0, 6.0, 0.02, 30, late=True),
     E_max=positive(60, 2000, 30, 1e6, late=True),
 )
-def routed(N_params, num_experts, a, b, c, d, E_start, E_max):
-    """Loss in nats a token; N are the parameters of the dense model that an expert layer was put in.
+def routed(N_active, num_experts, a, b, c, d, E_start, E_max):
+    """Loss in nats a token; N are the parameters of the dense model that an expert layer was put in: the active ones.
 
     E_hat saturates: 1 / E_hat = 1 / (E - 1 + 1 / (1 / E_start - 1 / E_max)) + 1 / E_max. Least squares in log10, as the
     paper has it, and in log have the same minimum.
     """
     inner = num_experts - 1 + 1 / (1 / E_start - 1 / E_max)
-    n, e = np.log10(N_params), -np.log10(1 / inner + 1 / E_max)
+    n, e = np.log10(N_active), -np.log10(1 / inner + 1 / E_max)
     return np.exp(np.log(10) * (a * n + b * e + c * n * e + d))
 
 

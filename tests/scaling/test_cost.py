@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import pytest
 
 from llm_jax import parts
-from llm_jax.config import Model
-from llm_jax.models import families
+from llm_jax.config import Experts, Model
+from llm_jax.models import families, moe
 from scaling import cost
 
 MODELS = {
@@ -21,6 +21,13 @@ MODELS = {
         num_layers=2, d_model=32, num_heads=2, head_dim=24, d_ff=56, mlp="gelu", positions="learned", qk_norm=False
     ),
     "post": Model(num_layers=2, d_model=32, norm_position="post", norm="layernorm", positions="sinusoidal"),
+    "mixtral": Model(num_layers=2, d_model=32, mlp="swiglu", experts=Experts(number=8, per_token=2)),
+    "deepseek": Model(
+        num_layers=3,
+        d_model=24,
+        scan_layers=True,
+        experts=Experts(number=12, per_token=3, shared=2, granularity=4, gate="sigmoid", balance="bias"),
+    ),
     "lstm": Model(family="lstm", num_layers=3, d_model=24),
     "rnn, untied": Model(family="rnn", num_layers=2, d_model=40, tie_embeddings=False, scan_layers=True),
     "feedforward": Model(family="feedforward", d_model=24, d_ff=56, ngram_order=4),
@@ -44,10 +51,21 @@ every_model = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 CONTEXT, PREFIX = 16, 4
 
 
+@pytest.fixture(autouse=True)
+def unpadded(monkeypatch):
+    """Rows of a dropless mixture without those that fill up its blocks: they are how it is computed, and not the model."""
+    monkeypatch.setattr(moe, "block_rows", lambda choices, number: 1)
+
+
 def products(jaxpr, times=1):
     """(FLOPs, numbers of the result) of every matrix product of a jaxpr, those of loops and calls as often as they run."""
     for eqn in jaxpr.eqns:
         runs = times * (eqn.params["length"] if eqn.primitive.name == "scan" else 1)
+        if (
+            eqn.primitive.name == "cond"
+        ):  # one program a platform, alike but for how the gradients of a mixture's blocks are added up
+            yield from min((list(products(branch.jaxpr, runs)) for branch in eqn.params["branches"]), key=sum_of_flops)
+            continue
         for value in eqn.params.values():
             for inner in value if isinstance(value, tuple | list) else [value]:
                 inner = getattr(inner, "jaxpr", inner)
@@ -61,6 +79,10 @@ def products(jaxpr, times=1):
 
 def run(model, params, tokens_1xT):
     return families.apply(model, params, tokens_1xT, prefix=PREFIX)
+
+
+def sum_of_flops(found) -> int:
+    return sum(flops for flops, _ in found)
 
 
 def program(function, model):
@@ -102,6 +124,45 @@ def test_parts_are_the_tree_of_parameters(model):
     layers = {part.name: (part.times,) if part.name.split("/")[0].endswith("blocks") else () for part in stored}
     assert tree == {part.name: layers[part.name] + part.shape for part in stored}
     assert parts.num_params(model) == sum(math.prod(shape) for shape in tree.values())
+
+
+def test_the_published_counts_of_mixtral():
+    """Mixtral 8x7B (Jiang et al. 2024): 47 B parameters of which a token uses 13 B, and C = 6 N D of those (46.7 and 12.9 B)."""
+    mixtral = Model(
+        vocab_size=32_000,
+        num_layers=32,
+        d_model=4096,
+        num_heads=32,
+        num_kv_heads=8,
+        d_ff=14_336,
+        mlp="swiglu",
+        tie_embeddings=False,
+        qk_norm=False,
+        experts=Experts(number=8, per_token=2),
+    )
+    assert parts.num_params(mixtral) == 46_702_792_704
+    assert parts.num_params_active(mixtral) == 12_879_925_248
+    counts = cost.counts(mixtral, 4096, 10**12)
+    assert counts["C_flops"] == 6e12 * 12_879_925_248
+    assert (counts["N_params"], counts["N_active"]) == (46_702_792_704, 12_879_925_248)
+    assert (counts["num_experts"], counts["granularity"], counts["sparsity"]) == (8, 1, 0.75)
+    idle = 32 * 6 * 3 * 4096 * 14_336
+    assert counts["C_6N_matrices"] == 6e12 * (parts.num_params_matrices(mixtral) - idle)
+
+
+def test_a_dense_model_is_all_active():
+    """It is one expert in the laws of mixtures, and its row says so."""
+    counts = cost.counts(MODELS["llama"], CONTEXT, 1000)
+    assert counts["N_active"] == counts["N_params"]
+    assert (counts["num_experts"], counts["granularity"], counts["sparsity"]) == (1, 1, 0)
+
+
+@pytest.mark.parametrize("name", ["routed", "granularity", "sparsity"])
+def test_the_laws_of_mixtures_read_the_columns_of_a_run(name):
+    """A run directory's table is fitted as it is: a law's columns are those of the ledger."""
+    from scaling.laws import LAWS
+
+    assert set(LAWS[name].columns) <= set(cost.counts(MODELS["mixtral"], CONTEXT, 1000))
 
 
 def test_the_published_counts_of_gpt2_small():

@@ -159,6 +159,66 @@ def test_document_mask_trains_on_isolated_documents(cfg, tmp_path):
     assert result.loss != plain.loss
 
 
+MIXTURE = {
+    "model.d_model": 32,
+    "model.experts.number": 4,
+    "model.experts.balance": "bias",
+    "model.experts.gate": "sigmoid",
+    "model.experts.bias_rate": 0.01,
+}
+
+
+def test_a_mixture_of_experts_learns_and_continues_to_the_same_bits(cfg, tmp_path):
+    """The routers' bias has no gradient and no optimizer: it too must come back from the checkpoint. What routers do is in the metrics."""
+    cfg = override(cfg, MIXTURE)
+    prepared = prepare.prepare(cfg)
+
+    def stop(step, total, loss):
+        if step >= 40:
+            raise Stop
+
+    with pytest.raises(Stop):
+        loop.train(cfg, prepared, tmp_path / "cut", progress=stop)
+    again = loop.train(cfg, prepared, tmp_path / "cut")
+    whole = loop.train(cfg, prepared, tmp_path / "whole")
+    assert_same_run(cfg, tmp_path / "cut", tmp_path / "whole", again, whole)
+    lines = metrics.read_metrics(tmp_path / "whole")
+    assert metrics.read_metrics(tmp_path / "cut") == lines
+    bias_LxE = np.asarray(loop.load_params(cfg, tmp_path / "whole")["blocks"]["mlp"]["router_bias"])
+    assert 0 < np.abs(bias_LxE).max() < 100 * 0.01 + 1e-6
+    assert lines[-2]["loss"] < lines[0]["loss"] - 1
+    for line in lines[:-1]:
+        assert np.shape(line["expert_load"]) == (1, 4)
+        assert np.mean(line["expert_load"]) == pytest.approx(1, abs=1e-4)
+        assert 1 <= line["expert_load_max"] <= 4 / 2
+        assert line["experts_unused"] == np.sum(np.array(line["expert_load"]) == 0)
+        assert 0 < line["router_entropy"] <= np.log(4)
+        assert line["dropped"] == 0
+
+
+def test_a_capacity_is_of_training_alone(cfg, tmp_path):
+    """The steps report what they drop; the held-out loss is that of a model that drops nothing, whatever the batch it is read in."""
+    small = override(cfg, MIXTURE | {"model.experts.capacity_factor": 0.5, "train.tokens": 64 * 8})
+    prepared = prepare.prepare(small)
+    loop.train(small, prepared, tmp_path / "run")
+    line, end = metrics.read_metrics(tmp_path / "run")
+    assert 0.4 < line["dropped"] < 0.7
+    params = loop.load_params(small, tmp_path / "run")
+    free = override(small, {"model.experts.capacity_factor": None})
+    assert loop._evaluation(free, prepared)(params=params).loss == end["eval_loss"]
+
+
+def test_microbatches_route_alike_and_their_loads_add_up(cfg, tmp_path):
+    """The bias follows the load of the whole batch, however it is cut."""
+    cfg = override(cfg, MIXTURE | {"train.tokens": 64 * 8, "train.tokens_per_step": 128, "train.peak_lr": 1e-3})
+    prepared = prepare.prepare(cfg)
+    halves = override(cfg, {"train.grad_accumulation": 2, "data.shuffle_seed": 0})
+    one, two = (loop.train(c, prepared, tmp_path / str(i)) for i, c in enumerate((cfg, halves)))
+    assert one.loss == pytest.approx(two.loss, rel=1e-4)
+    first, second = (metrics.read_metrics(tmp_path / str(i))[0] for i in range(2))
+    np.testing.assert_allclose(first["expert_load"], second["expert_load"], atol=0.02)
+
+
 @pytest.mark.parametrize("family", ["lstm", "rnn", "feedforward", "ngram"])
 @pytest.mark.parametrize("document_mask", [False, True])
 def test_every_family_learns(cfg, tmp_path, family, document_mask):

@@ -1,0 +1,25 @@
+"""What do idle parameters buy? Loss against active and total parameters: Switch layers of 2 to 32 experts in models of four sizes.
+
+    llm-jax sweep experiments/moe_sparsity.py --workers 2
+    llm-jax fit runs/moe_sparsity --law routed
+    llm-jax fit runs/moe_sparsity --law routed --where "num_experts <= 16"
+
+The design of Clark et al. 2022 (arXiv:2202.01169): every layer has its MLP replaced by E experts of the same width, a token passes one
+of them, and all models see the same tokens, so that active parameters and FLOPs hardly depend on E (the router adds its own) and
+total ones grow with it. Their law, log L = a log N + b log E_hat + c log N log E_hat + d, takes N as the active parameters; b < 0 is what
+experts buy, and c > 0 that they buy less the larger the model. In the table: N_active, N_params (total), num_experts, sparsity.
+"""
+
+from llm_jax.config import Data, Experts, Model, Train
+from llm_jax.ladder import Ladder
+from scaling.experiment import Experiment, axis, product
+
+experiment = Experiment(
+    # As experiments/quickstart.py, for two CPU cores. One expert a token, weighted by its probability, as in Switch; dropless.
+    model=Model(vocab_size=256, rope_theta=100.0, experts=Experts(per_token=1, normalize=False)),
+    data=Data(source="stdlib", context=64),
+    train=Train(schedule="cosine", tokens=1_000_000),
+    ladder=Ladder(aspect=16, num_heads=4),
+    axes=product(axis("model.experts.number", [0, 2, 4, 8, 16, 32]), axis("depth", [1, 1.5, 2, 3])),
+    law="routed",
+)
