@@ -7,6 +7,7 @@ Dimension letters in array names, as in `logits_BxTxV` (scaling/ writes paramete
     S  positions attended to    V  vocabulary                       H  width of one head
     L  layers                   N  query heads                      C  steps of one compiled call
     E  experts                  M  tokens of all rows, B x T        J  experts that a token goes to
+    P  positions of the prefix of a row, which an encoder reads    W  hypotheses of a beam
 
 This module imports nothing heavy, so that `llm-jax --help` answers at once.
 """
@@ -24,7 +25,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 RULE: Literal["rule"] = "rule"
 """A setting that follows N and D by the rules of llm_jax/ladder.py."""
 
-SOURCES = ("stdlib", "files", "synthetic", "tfds:NAME")
+SOURCES = ("stdlib", "files", "pairs", "synthetic", "tfds:NAME")
 T = TypeVar("T")
 
 
@@ -134,17 +135,23 @@ class Experts:
 class Model:
     """A language model of one of several families. A field that a family does not read is said so; it changes nothing there."""
 
-    family: Literal["transformer", "lstm", "rnn", "feedforward", "ngram"] = "transformer"
-    """transformer is decoder-only; lstm and rnn are recurrent; feedforward is that of Bengio et al. 2003.
+    family: Literal["transformer", "encoder_decoder", "lstm", "rnn", "seq2seq_rnn", "feedforward", "ngram"] = (
+        "transformer"
+    )
+    """transformer is decoder-only; lstm and rnn are recurrent; feedforward is that of Bengio et al. 2003. encoder_decoder is the
+    Transformer of Vaswani et al. 2017, seq2seq_rnn the LSTMs with attention of Bahdanau et al. 2015: both read the first
+    data.prefix tokens of a row with an encoder and the rest with a decoder.
     ngram is counted, not trained: of this class it reads vocab_size and ngram_order alone."""
     vocab_size: int = 256
     """Rows of the embedding. The tokenizer "bytes" needs 256."""
     num_layers: int = 4
-    """Not read by feedforward, which has one hidden layer."""
+    """Of the decoder where there is an encoder. Not read by feedforward, which has one hidden layer."""
+    num_encoder_layers: int | None = None
+    """None: num_layers. Read by encoder_decoder and seq2seq_rnn alone."""
     d_model: int = 128
     """Width of the residual stream; of the state in lstm and rnn; of an embedding in feedforward."""
     num_heads: int = 2
-    """This, and what follows on heads, positions, MLPs and windows, is read by transformer alone, but for d_ff."""
+    """This, and what follows on heads, positions, MLPs and windows, is read by transformer and encoder_decoder alone, but for d_ff."""
     num_kv_heads: int | None = None
     """Key/value heads: None for multi-head, fewer for grouped-query (Ainslie et al. 2023), 1 for multi-query attention."""
     head_dim: int | None = None
@@ -152,8 +159,8 @@ class Model:
     d_ff: int | None = None
     """Hidden width of the MLP. None: 4 d_model, or 8/3 d_model rounded up to a multiple of 8 for swiglu, which has three matrices.
     Of feedforward, its hidden layer."""
-    mlp: Literal["gelu", "swiglu", "relu2"] = "relu2"
-    """relu2 is the squared ReLU of Primer (So et al. 2021)."""
+    mlp: Literal["gelu", "swiglu", "relu2", "relu"] = "relu2"
+    """relu2 is the squared ReLU of Primer (So et al. 2021), relu that of Vaswani et al. 2017."""
     experts: Experts = field(default_factory=Experts)
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     """Not read by feedforward, which has none."""
@@ -170,7 +177,7 @@ class Model:
     logit_softcap: float | None = None
     """logits = cap * tanh(logits / cap), as in Gemma 2. Read by transformer alone."""
     window: int | None = None
-    """Sliding-window attention: positions a token sees, itself included."""
+    """Sliding-window attention: positions a token sees, itself included. Refused by encoder_decoder."""
     ngram_order: int = 5
     """n: feedforward and ngram predict from the n - 1 tokens before. Not read by others."""
     direct_connections: bool = False
@@ -185,8 +192,17 @@ class Model:
     def __post_init__(self) -> None:
         _check_types(self, "model")
         for name in (
-            *("vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff", "window"),
-            *("rope_theta", "max_context", "logit_softcap"),
+            *(
+                "vocab_size",
+                "num_layers",
+                "num_encoder_layers",
+                "d_model",
+                "num_heads",
+                "num_kv_heads",
+                "head_dim",
+                "d_ff",
+            ),
+            *("window", "rope_theta", "max_context", "logit_softcap"),
         ):
             value = getattr(self, name)
             _require(value is None or value > 0, f"model.{name} must be positive, got {value}")
@@ -195,6 +211,13 @@ class Model:
         _require(self.ngram_order >= least, f"model.ngram_order must be at least {least}, got {self.ngram_order}")
         if self.attends:
             self._check_attention()
+        if self.family == "encoder_decoder":
+            _require(self.window is None, "model.window is of the causal family transformer, not of encoder_decoder")
+        if self.family == "seq2seq_rnn":
+            _require(
+                self.d_model % 2 == 0,
+                f"model.d_model={self.d_model} does not divide among two directions of the encoder; try {self.d_model + 1}",
+            )
         if self.experts.number:
             _require(self.family == "transformer", f"model.experts needs model.family=transformer, got {self.family}")
             grains = self.experts.granularity
@@ -232,7 +255,16 @@ class Model:
     @property
     def attends(self) -> bool:
         """Whether the family has attention, and so heads and positions."""
-        return self.family == "transformer"
+        return self.family in ("transformer", "encoder_decoder")
+
+    @property
+    def encodes(self) -> bool:
+        """Whether the first tokens of a row are read by an encoder, and the rest by a decoder."""
+        return self.family in ("encoder_decoder", "seq2seq_rnn")
+
+    @property
+    def encoder_layers(self) -> int:
+        return self.num_encoder_layers or self.num_layers
 
     @property
     def counted(self) -> bool:
@@ -241,7 +273,7 @@ class Model:
 
     @property
     def max_positions(self) -> int | None:
-        """Tokens of the longest row that the model can read; None where nothing bounds it."""
+        """Tokens of the longest row that the model can read, or its encoder or decoder; None where nothing bounds it."""
         return self.max_context if self.attends and self.positions == "learned" else None
 
     @property
@@ -291,15 +323,21 @@ class Data:
     """Where tokens come from and how they are cut into rows."""
 
     source: str = "stdlib"
-    """stdlib (this interpreter's own sources), files, synthetic, or tfds:NAME for a data set registered with TFDS."""
+    """stdlib (this interpreter's own sources), files, synthetic, or tfds:NAME for a data set registered with TFDS.
+    pairs: a source text and a target text each, for sequence-to-sequence tasks; a row holds one pair."""
     files: tuple[str, ...] = ()
-    """Globs for source files: .txt .md .py, and .jsonl with an optional .gz .xz .zst."""
+    """Globs for source files: .txt .md .py, and .jsonl with an optional .gz .xz .zst. Of pairs: .tsv, a pair a line, and .jsonl."""
     text_field: str = "text"
     """The field of a .jsonl line or a TFDS example that holds the document."""
+    pair_fields: tuple[str, ...] = ("source", "target")
+    """The fields of a .jsonl line that hold the two texts of a pair."""
     tokenizer: Literal["bytes", "bpe", "unigram"] = "bytes"
     """bpe and unigram are SentencePiece models of model.vocab_size pieces with byte fallback, trained on the source."""
     context: int = 128
     """Tokens of a training row."""
+    prefix: int = 0
+    """Tokens of each row that are read and at which nothing is predicted, so that all families are scored on the same targets. An
+    encoder reads them. Of pairs, the room of the source; its begin token and the source fill it from the right."""
     val_fraction: float = 0.05
     """Share of the documents that is held out."""
     eval_tokens: int = 65_536
@@ -316,15 +354,27 @@ class Data:
         valid = {name.split(":")[0] for name in SOURCES}
         if kind not in valid or (kind == "tfds") != (":" in self.source) or self.source == "tfds:":
             raise BadInput(f'data.source "{self.source}" is no source{did_you_mean(self.source, SOURCES)}')
+        reads_files = self.source in ("files", "pairs")
         _require(
-            self.source != "files" or bool(self.files),
-            "data.source=files needs data.files, for instance 'corpus/*.jsonl.xz'",
+            not reads_files or bool(self.files),
+            f"data.source={self.source} needs data.files, for instance 'corpus/*.jsonl.xz'",
         )
         _require(
-            self.source == "files" or not self.files,
-            f"data.files is only read by data.source=files, not by {self.source}",
+            reads_files or not self.files,
+            f"data.files is only read by data.source=files and pairs, not by {self.source}",
         )
         _require(self.context >= 2, f"data.context must be at least 2, got {self.context}")
+        _require(
+            0 <= self.prefix < self.context,
+            f"data.prefix={self.prefix} must lie in [0, {self.context - 1}]: data.context={self.context} tokens are a row",
+        )
+        if self.source == "pairs":
+            _require(len(self.pair_fields) == 2, f"data.pair_fields must name two fields, got {len(self.pair_fields)}")
+            _require(
+                self.prefix >= 2,
+                f"data.source=pairs needs data.prefix, the room of the source; try {max(2, self.context // 2)}",
+            )
+            _require(not self.document_mask, "data.source=pairs has one pair a row: data.document_mask has no meaning")
         _require(0 < self.val_fraction < 1, f"data.val_fraction must lie in (0, 1), got {self.val_fraction}")
         _require(
             self.eval_tokens >= self.context,
@@ -341,13 +391,14 @@ class Train:
     tokens_per_step: int | Literal["rule"] = RULE
     """The global batch, in tokens."""
     peak_lr: float | Literal["rule"] = RULE
-    schedule: Literal["cosine", "linear", "wsd"] = "cosine"
-    """wsd: warm-up, stable, decay (Hu et al. 2024); its trunk serves several horizons."""
+    schedule: Literal["cosine", "linear", "wsd", "inverse_sqrt"] = "cosine"
+    """wsd: warm-up, stable, decay (Hu et al. 2024); its trunk serves several horizons. inverse_sqrt: that of Vaswani et al. 2017,
+    which knows no horizon and never decays to zero: its loss is not that of its budget."""
     warmup_steps: int | Literal["rule"] = RULE
     decay_fraction: float = 0.2
     """Share of the steps in the cool-down of wsd, 1 - sqrt (Haegele et al. 2024)."""
     final_lr: float = 0.0
-    """Learning rate at the end, as a share of the peak."""
+    """Learning rate at the end, as a share of the peak; not read by inverse_sqrt."""
     beta1: float = 0.9
     beta2: float = 0.95
     epsilon: float = 1e-8
@@ -356,6 +407,8 @@ class Train:
     clip_norm: float = 1.0
     z_loss: float = 0.0
     """Weight of mean(logsumexp(logits)^2) (PaLM, 1e-4 there)."""
+    label_smoothing: float = 0.0
+    """Share of a target's probability spread evenly over the vocabulary in training (Szegedy et al. 2016; 0.1 in Vaswani et al. 2017)."""
     grad_accumulation: int = 1
     """Microbatches a step."""
     steps_per_call: int = 32
@@ -385,7 +438,7 @@ class Train:
         )
         for name in ("weight_decay", "z_loss", "eval_every"):
             _require(getattr(self, name) >= 0, f"train.{name} must not be negative, got {getattr(self, name)}")
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "label_smoothing"):
             _require(0 <= getattr(self, name) < 1, f"train.{name} must lie in [0, 1), got {getattr(self, name)}")
         _require(self.epsilon > 0, f"train.epsilon must be positive, got {self.epsilon}")
         _require(0 < self.decay_fraction <= 1, f"train.decay_fraction must lie in (0, 1], got {self.decay_fraction}")
@@ -406,10 +459,24 @@ class Config:
                 self.model.vocab_size >= 256,
                 f"the tokenizer bytes needs model.vocab_size >= 256, got {self.model.vocab_size}",
             )
+        context, prefix = self.data.context, self.data.prefix
+        if self.model.encodes:
+            _require(
+                prefix >= 1,
+                f"model.family={self.model.family} reads data.prefix tokens with its encoder: give it, for instance {context // 2}",
+            )
+            _require(
+                not self.data.document_mask,
+                f"data.document_mask has no meaning for model.family={self.model.family}, which reads a row as source and target",
+            )
+        if self.model.counted:
+            _require(
+                self.data.source != "pairs", "model.family=ngram counts running text, which data.source=pairs is not"
+            )
         if self.model.max_positions is not None:
             _require(
-                self.data.context <= self.model.max_positions,
-                f"data.context={self.data.context} exceeds the learned positions; model.max_context={self.model.max_context}",
+                (max(prefix, context - prefix) if self.model.encodes else context) <= self.model.max_positions,
+                f"data.context={context} exceeds the learned positions; model.max_context={self.model.max_context}",
             )
         if self.train.tokens_per_step != RULE:
             unit = self.data.context * self.train.grad_accumulation

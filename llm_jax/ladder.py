@@ -84,7 +84,7 @@ def warmup_steps(n_params: float, batch_tokens: float, num_steps: int) -> int:
 
 def resolve(cfg: Config) -> Config:
     """A copy in which every "rule" is a number, in order: horizon, batch, learning rate, warm-up."""
-    train, n = cfg.train, num_params_active(cfg.model)
+    train, n = cfg.train, num_params_active(cfg.model, cfg.data.context, cfg.data.prefix)
     if cfg.model.counted:
         if train.tokens == RULE:
             raise BadInput("model.family=ngram has no size before it is counted; give train.tokens a number")

@@ -6,6 +6,7 @@ hold it to the parameter tree and to the program. No JAX here: counting needs no
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -33,7 +34,8 @@ class Part:
     stored: bool = True
     """False where its array is another part's, as of a tied head, or none."""
     active: float = 1.0
-    """Share of it that one token uses: less than 1 for the experts of a mixture."""
+    """Share of it that one token of a row uses: less than 1 for the experts of a mixture; for an encoder, the share of the row that
+    it reads, and for a decoder the rest."""
 
     @property
     def params(self) -> int:
@@ -42,14 +44,19 @@ class Part:
 
     @property
     def flops(self) -> int:
-        """Of the products of one forward pass, a token and all layers: a multiplication and an addition each. A look-up has none."""
+        """Of the products of one forward pass, a token and all layers: a multiplication and an addition each. A look-up has none.
+
+        Where an encoder and a decoder share a row, a token is one of the whole row: the row's FLOPs over its length, to the nearest one.
+        """
         if self.kind not in ("matrices", "attention", "head"):
             return 0
         return round(self.active * 2 * self.times * math.prod(self.shape))
 
 
-def parts(model: Model, context: int) -> tuple[Part, ...]:
-    """All parts, in the order of the forward pass, with `context` positions attended to."""
+def parts(model: Model, context: int, prefix: int = 0) -> tuple[Part, ...]:
+    """All parts, in the order of the forward pass, of rows of `context` tokens. The first `prefix` are an encoder's if there is one."""
+    if model.encodes:
+        return _ENCODERS[model.family](model, context, prefix)
     return _FAMILIES[model.family](model, context)
 
 
@@ -58,9 +65,10 @@ def num_params(model: Model) -> int:
     return sum(part.params for part in parts(model, 1))
 
 
-def num_params_active(model: Model) -> int:
-    """Those that one token uses: N of the training cost C = 6 N D. Fewer than all for a mixture of experts alone."""
-    return sum(round(part.active * part.params) for part in parts(model, 1))
+def num_params_active(model: Model, context: int = 1, prefix: int = 0) -> int:
+    """Those that one token uses: N of the training cost C = 6 N D. Fewer than all for a mixture of experts, and where an encoder and a
+    decoder share a row, the mean over its tokens."""
+    return sum(round(part.active * part.params) for part in parts(model, context, prefix))
 
 
 def num_params_matrices(model: Model) -> int:
@@ -91,40 +99,49 @@ def _norm(name: str, model: Model, times: int = 1) -> Part:
 
 
 def _transformer(model: Model, context: int) -> tuple[Part, ...]:
-    layers, width = model.num_layers, model.d_model
+    branches = (
+        _attention("blocks/attention", model, model.num_layers, context),
+        _experts(model) if model.experts.number else _mlp("blocks/mlp/", model, model.num_layers, model.ff_width),
+    )
+    found = [*_inputs(model), *_block("blocks", model, model.num_layers, *branches)]
+    return (*found, *([_norm("norm", model)] if model.norm_position == "pre" else []), _head(model))
+
+
+def _inputs(model: Model) -> list[Part]:
+    learned = Part("positions", "positions", (model.max_context, model.d_model), model.d_model)
+    return [_embedding(model), *([learned] if model.positions == "learned" else [])]
+
+
+def _block(name: str, model: Model, layers: int, *branches: list[Part]) -> list[Part]:
+    """Residual branches, each behind its norm, or before it."""
+    found: list[Part] = []
+    for i, branch in enumerate(branches, 1):
+        norm = [_norm(f"{name}/norm{i}", model, layers)]
+        found += norm + branch if model.norm_position == "pre" else branch + norm
+    return found
+
+
+def _attention(name: str, model: Model, layers: int, positions: int) -> list[Part]:
+    """To `positions` of as many as there are: the full square, as it is published, though a causal kernel needs half."""
     heads, kv_heads, head = model.num_heads, model.kv_heads, model.head_width
-    found = [_embedding(model)]
-    if model.positions == "learned":
-        found.append(Part("positions", "positions", (model.max_context, width), width))
-    norm1, norm2 = (_norm(f"blocks/norm{i}", model, layers) for i in (1, 2))
-    pre = model.norm_position == "pre"
-    found += [norm1] if pre else []
-    found += [
-        _matrix(f"blocks/attention/{name}", width, (number, head), layers)
-        for name, number in (("q", heads), ("k", kv_heads), ("v", kv_heads))
-    ]
+    numbers = {"q": heads, "k": kv_heads, "v": kv_heads}
+    found = [_matrix(f"{name}/{of}", model.d_model, (number, head), layers) for of, number in numbers.items()]
     if model.qk_norm:
-        found += [
-            Part(f"blocks/attention/{name}_norm/scale", "norm", (head,), number * head, layers)
-            for name, number in (("q", heads), ("k", kv_heads))
-        ]
-    # The full square of positions, as it is published, though a causal kernel needs half.
-    square = (heads, context, head)
-    found += [
-        Part("blocks/attention/scores", "attention", square, heads * context, layers, stored=False),
-        Part("blocks/attention/values", "attention", square, heads * head, layers, stored=False),
-        Part("blocks/attention/out", "matrices", (heads, head, width), width, layers),
-        norm2 if pre else norm1,
-        *(_experts(model) if model.experts.number else _mlp(model, "blocks/mlp/", model.ff_width)),
-        _norm("norm", model) if pre else norm2,
+        found += [Part(f"{name}/{of}_norm/scale", "norm", (head,), numbers[of] * head, layers) for of in ("q", "k")]
+    square = (heads, positions, head)
+    return [
+        *found,
+        Part(f"{name}/scores", "attention", square, heads * positions, layers, stored=False),
+        Part(f"{name}/values", "attention", square, heads * head, layers, stored=False),
+        Part(f"{name}/out", "matrices", (heads, head, model.d_model), model.d_model, layers),
     ]
-    return (*found, _head(model))
 
 
-def _mlp(model: Model, prefix: str, hidden: int) -> list[Part]:
+def _mlp(name: str, model: Model, layers: int, hidden: int) -> list[Part]:
+    """`name` is what the names of its arrays begin with."""
     ins = ("up", "gate") if model.mlp == "swiglu" else ("up",)
-    found = [_matrix(prefix + name, model.d_model, (hidden,), model.num_layers) for name in ins]
-    return [*found, _matrix(f"{prefix}down", hidden, (model.d_model,), model.num_layers)]
+    found = [_matrix(name + of, model.d_model, (hidden,), layers) for of in ins]
+    return [*found, _matrix(f"{name}down", hidden, (model.d_model,), layers)]
 
 
 def _experts(model: Model) -> list[Part]:
@@ -135,23 +152,94 @@ def _experts(model: Model) -> list[Part]:
         found.append(Part("blocks/mlp/router_bias", "bias", (number,), 0, layers))
     found += [
         replace(part, shape=(number, *part.shape), outputs=used * part.outputs, active=used / number)
-        for part in _mlp(model, "blocks/mlp/", model.expert_width)
+        for part in _mlp("blocks/mlp/", model, layers, model.expert_width)
     ]
-    return found + (_mlp(model, "blocks/mlp/shared_", mixture.shared * model.expert_width) if mixture.shared else [])
+    return found + (
+        _mlp("blocks/mlp/shared_", model, layers, mixture.shared * model.expert_width) if mixture.shared else []
+    )
+
+
+def _shared(found: Iterable[Part], share: float) -> list[Part]:
+    """The parts of what reads `share` of the tokens of a row."""
+    return [dataclasses.replace(part, active=share, outputs=round(share * part.outputs)) for part in found]
+
+
+def _encoder_decoder(model: Model, context: int, prefix: int) -> tuple[Part, ...]:
+    encoded, layers, read = model.encoder_layers, model.num_layers, context - prefix
+    source, target = prefix / context, read / context
+    pre = model.norm_position == "pre"
+    encoder = _block(
+        "encoder_blocks",
+        model,
+        encoded,
+        _attention("encoder_blocks/attention", model, encoded, prefix),
+        _mlp("encoder_blocks/mlp/", model, encoded, model.ff_width),
+    )
+    cross = _attention("decoder_blocks/cross", model, layers, prefix)
+    # Its keys and values are of the source, and stand before the decoder.
+    keys = [part for part in cross if part.name.split("/")[2] in ("k", "k_norm", "v")]
+    decoder = _block(
+        "decoder_blocks",
+        model,
+        layers,
+        _attention("decoder_blocks/attention", model, layers, read),
+        [part for part in cross if part not in keys],
+        _mlp("decoder_blocks/mlp/", model, layers, model.ff_width),
+    )
+    return (
+        *_inputs(model),
+        *_shared([*encoder, *([_norm("encoder_norm", model)] if pre else []), *keys], source),
+        *_shared([*decoder, *([_norm("norm", model)] if pre else []), _head(model)], target),
+    )
+
+
+def _seq2seq(model: Model, context: int, prefix: int) -> tuple[Part, ...]:
+    layers, width, half = model.encoder_layers, model.d_model, model.d_model // 2
+    gates, both = (4, width), (2, 4, half)
+    encoder = [
+        _norm("encoder_blocks/norm", model, layers),
+        _matrix("encoder_blocks/input", width, both, layers),
+        Part("encoder_blocks/bias", "bias", both, 0, layers),
+        Part("encoder_blocks/recurrent", "matrices", (2, half, 4, half), math.prod(both), layers),
+        _norm("encoder_norm", model),
+        _matrix("keys", width, (width,)),
+    ]
+    attended = (prefix, width)
+    decoder = [
+        _norm("decoder/norm", model),
+        _matrix("decoder/input", width, gates),
+        Part("decoder/bias", "bias", gates, 0),
+        _matrix("decoder/query", width, (width,)),
+        Part("decoder/score", "bias", (width,), 0),
+        Part("decoder/scores", "attention", attended, prefix, stored=False),
+        Part("decoder/values", "attention", attended, width, stored=False),
+        _matrix("decoder/context", width, gates),
+        _matrix("decoder/recurrent", width, gates),
+        _matrix("decoder/out", width, (width,)),
+    ]
+    if model.num_layers > 1:
+        decoder += _recurrent_blocks("decoder_blocks", model, model.num_layers - 1)
+    return (
+        _embedding(model),
+        *_shared(encoder, prefix / context),
+        *_shared([_matrix("start", width, (width,))], 1 / context),
+        *_shared([*decoder, _norm("norm", model), _head(model)], 1 - prefix / context),
+    )
 
 
 def _recurrent(model: Model, context: int) -> tuple[Part, ...]:
-    layers, width = model.num_layers, model.d_model
-    gates = (4 if model.family == "lstm" else 1, width)
-    return (
-        _embedding(model),
-        _norm("blocks/norm", model, layers),
-        _matrix("blocks/input", width, gates, layers),
-        Part("blocks/bias", "bias", gates, 0, layers),
-        _matrix("blocks/recurrent", width, gates, layers),
-        _norm("norm", model),
-        _head(model),
-    )
+    blocks = _recurrent_blocks("blocks", model, model.num_layers)
+    return (_embedding(model), *blocks, _norm("norm", model), _head(model))
+
+
+def _recurrent_blocks(name: str, model: Model, layers: int) -> list[Part]:
+    gates = (1 if model.family == "rnn" else 4, model.d_model)
+    return [
+        _norm(f"{name}/norm", model, layers),
+        _matrix(f"{name}/input", model.d_model, gates, layers),
+        Part(f"{name}/bias", "bias", gates, 0, layers),
+        _matrix(f"{name}/recurrent", model.d_model, gates, layers),
+    ]
 
 
 def _feedforward(model: Model, context: int) -> tuple[Part, ...]:
@@ -178,4 +266,8 @@ _FAMILIES: dict[str, Callable[[Model, int], tuple[Part, ...]]] = {
     "rnn": _recurrent,
     "feedforward": _feedforward,
     "ngram": _ngram,
+}
+_ENCODERS: dict[str, Callable[[Model, int, int], tuple[Part, ...]]] = {
+    "encoder_decoder": _encoder_decoder,
+    "seq2seq_rnn": _seq2seq,
 }

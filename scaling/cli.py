@@ -279,8 +279,8 @@ def explain(options: ExplainOptions) -> None:
 
 
 def generate(options: GenerateOptions) -> None:
-    """Prints a prompt and how a trained model goes on."""
-    from llm_jax.generation import sampling
+    """Prints a prompt and how a trained model goes on; of a model trained on pairs, a source and its target."""
+    from llm_jax.generation import pairs, sampling
     from scaling import ledger
 
     ledger.describe(options.run)
@@ -297,21 +297,23 @@ def generate(options: GenerateOptions) -> None:
     else:
         chosen = [min(losses, key=lambda key: losses[key])]
     trial = next(one for one in ledger.trials(options.run) if one.id == chosen[0])
-    text = sampling.continue_text(
-        trial.config,
-        _prepare(trial.config),
-        ledger.trial_folder(options.run, trial.id),
-        options.prompt,
-        options.tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        seed=options.seed,
-    )
-    print(
-        jsonlib.dumps({"trial": trial.id, "prompt": options.prompt, "text": text})
-        if options.json
-        else options.prompt + text
-    )
+    trained = trial.config, _prepare(trial.config), ledger.trial_folder(options.run, trial.id)
+    of_pairs = trial.config.data.source == "pairs"
+    if of_pairs:
+        text = pairs.transduce_text(*trained, options.prompt, width=options.beam)
+    else:
+        text = sampling.continue_text(
+            *trained,
+            options.prompt,
+            options.tokens,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            seed=options.seed,
+        )
+    if options.json:
+        print(jsonlib.dumps({"trial": trial.id, "prompt": options.prompt, "text": text}))
+    else:
+        print(text if of_pairs else options.prompt + text)
 
 
 VERBS: dict[str, tuple[Any, Callable[[Any], None]]] = {

@@ -104,7 +104,8 @@ class Trial:
     @property
     def counts(self) -> dict[str, float]:
         """N, D and C under each convention, by column of the ledger."""
-        return cost.counts(self.config.model, self.config.data.context, int(self.config.train.tokens))
+        data = self.config.data
+        return cost.counts(self.config.model, data.context, int(self.config.train.tokens), data.prefix)
 
 
 def trial(base: Config, rungs: Ladder, point: Point) -> Trial:
@@ -120,9 +121,8 @@ def trial(base: Config, rungs: Ladder, point: Point) -> Trial:
             raise BadInput(
                 "model.family=ngram has no size before it is counted, so that compute sets no D; give train.tokens"
             )
-        config = override(
-            config, {"train.tokens": max(1, round(float(point["compute"]) / (6 * num_params_active(config.model))))}
-        )
+        n_active = num_params_active(config.model, config.data.context, config.data.prefix)
+        config = override(config, {"train.tokens": max(1, round(float(point["compute"]) / (6 * n_active)))})
     return Trial(ladder.resolve(config), dict(point))
 
 

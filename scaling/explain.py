@@ -25,6 +25,7 @@ def explain(config: Config) -> dict[str, Any]:
     if model.counted:
         raise BadInput("model.family=ngram has no arrays and no products: its size is the number of counts in the data")
     resolved = ladder.resolve(config)
+    context, prefix = config.data.context, config.data.prefix
     microbatch = int(resolved.train.tokens_per_step) // resolved.train.grad_accumulation
     rows = [
         {
@@ -37,15 +38,15 @@ def explain(config: Config) -> dict[str, Any]:
             "flops": part.flops,
             "activation_bytes": microbatch * part.times * part.outputs * _bytes(part, model),
         }
-        for part in parts(model, config.data.context)
+        for part in parts(model, context, prefix)
     ]
     return {
         "family": model.family,
-        "context": config.data.context,
+        "context": context,
         "tokens_per_microbatch": microbatch,
         "parts": rows,
-        "per_token": cost.flops_per_token(model, config.data.context),
-        "run": cost.counts(model, config.data.context, int(resolved.train.tokens)),
+        "per_token": cost.flops_per_token(model, context, prefix),
+        "run": cost.counts(model, context, int(resolved.train.tokens), prefix),
     }
 
 

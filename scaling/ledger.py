@@ -217,7 +217,9 @@ def rows(folder: Path) -> list[dict[str, Any]]:
         }
         row |= {"peak_lr": train.peak_lr, "warmup_steps": train.warmup_steps, "seed": train.seed}
         branches = train.schedule == "wsd" and result
-        row |= {"schedule": train.schedule, "decay_tokens": train.tokens}  # every schedule ends with its own run
+        # Every schedule ends with its own run, but for the one that never does.
+        decay_tokens = math.inf if train.schedule == "inverse_sqrt" else train.tokens
+        row |= {"schedule": train.schedule, "decay_tokens": decay_tokens}
         row["trunk"] = trunk_key(trial.config, result["data"]) if branches else ""
         row |= {name: result.get(name, math.nan) for name in RESULT_COLUMNS}
         row |= {

@@ -231,7 +231,7 @@ class ExplainOptions:
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    """Continue a text with a trained model."""
+    """Continue a text with a trained model, or turn a source into its target."""
 
     run: RunFolder
     prompt: str = "def "
@@ -241,6 +241,8 @@ class GenerateOptions:
     """0 takes the likeliest token."""
     top_k: int | None = None
     """Draw among the k likeliest only."""
+    beam: int = 1
+    """Of a model trained on pairs: hypotheses of a beam search; 1 takes the likeliest token. Tokens and draws are not read there."""
     trial: str | None = None
     """Id, or its first digits; default: the trial with the lowest loss."""
     seed: int = 0

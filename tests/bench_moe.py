@@ -49,7 +49,7 @@ def fast_attention(q_BxTxNxH, k_BxSxKxH, v_BxSxKxH, **others):
 def training(model: Model, tokens: np.ndarray):
     """round() -> seconds a step, and the largest load of an expert in its last step, of which 1 is even."""
     cfg = Train()
-    step = make_train_step(pretrain.loss_fn(model, 0.0), adamw(cfg), 1, pretrain.adjust_fn(model))
+    step = make_train_step(pretrain.loss_fn(model, Train()), adamw(cfg), 1, pretrain.adjust_fn(model))
     call = make_train_call(step, STEPS)
     state = init_state(families.init(model, jax.random.key(0)), adamw(cfg).init, 0)
     rates = np.full(STEPS, 3e-4, np.float32)

@@ -35,7 +35,7 @@ def ours(layers: int, width: int, heads: int, tokens: np.ndarray):
     same = {"mlp": "gelu", "norm": "layernorm", "positions": "learned", "max_context": CONTEXT, "qk_norm": False}
     model = Model(num_layers=layers, d_model=width, num_heads=heads, **same)
     cfg = Train()
-    call = make_train_call(make_train_step(pretrain.loss_fn(model, 0.0), adamw(cfg)), STEPS)
+    call = make_train_call(make_train_step(pretrain.loss_fn(model, Train()), adamw(cfg)), STEPS)
     state = init_state(transformer.init(model, jax.random.key(0)), adamw(cfg).init, 0)
     rates = np.full(STEPS, 1e-3, np.float32)
 

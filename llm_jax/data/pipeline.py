@@ -77,5 +77,5 @@ def eval_set(prepared: Prepared, context: int, max_tokens: int) -> EvalSet:
         window, stored = windows.window(int(index))
         start = (index * context) % prepared.row_tokens
         tokens.append(window)
-        documents.append(int(stored["document"]) + int((stored["tokens"][: start + 1] == bos).sum()))
+        documents.append(int(stored["document"]) + int((stored["tokens"][: start + 1] == bos).sum()))  # see rows.pair
     return EvalSet(np.stack(tokens), np.asarray(documents))

@@ -22,8 +22,9 @@ from typing import Any
 import numpy as np
 
 from llm_jax import files
-from llm_jax.config import BadInput, Config, fingerprint
+from llm_jax.config import BadInput, Config, Data, fingerprint
 from llm_jax.data import sources, synthetic, tokenizer
+from llm_jax.data.sources import UNIT
 from llm_jax.data.tokenizer import Tokenizer
 
 ROW_TOKENS = 2048
@@ -36,7 +37,7 @@ PART_CHARACTERS = 64_000_000
 
 @dataclass(frozen=True)
 class Prepared:
-    """Rows on disk. Counts are of what the splits hold after packing."""
+    """Rows on disk. Counts are of what the splits hold after packing; of pairs, "tokens" / row_tokens of "documents" fitted."""
 
     folder: Path
     fingerprint: str
@@ -69,13 +70,14 @@ class Survey:
     """What one pass over a source tells: content hash, and which documents are held out."""
 
     def __init__(self, documents: Iterable[tuple[str, str]], val_fraction: float):
+        """Of pairs, those of one source are in one split."""
         digest = hashlib.sha256()
         names: list[str] = []
         sizes: list[int] = []
         for _, text in documents:
             data = text.encode("utf-8", "replace")
             digest.update(len(data).to_bytes(8, "little") + data)
-            names.append(hashlib.sha256(data).hexdigest())
+            names.append(hashlib.sha256(data.partition(UNIT.encode())[0]).hexdigest())
             sizes.append(len(text))
         self.sha256 = digest.hexdigest()
         self.sizes = sizes
@@ -83,12 +85,16 @@ class Survey:
 
 
 def _hold_out(hashes: list[str], sizes: list[int], fraction: float) -> set[int]:
-    """Documents in the order of their hashes until `fraction` of the text is reached, passing over those too large to fit in."""
+    """Documents in the order of their hashes until `fraction` of the text is reached, passing over those too large to fit in.
+
+    Those of one hash go together, so that no document is in both splits.
+    """
     room, held = fraction * sum(sizes), set()
-    for i in sorted(range(len(sizes)), key=lambda i: hashes[i]):
-        if sizes[i] <= room:
-            held.add(i)
-            room -= sizes[i]
+    for _, group in itertools.groupby(sorted(range(len(sizes)), key=lambda i: hashes[i]), key=lambda i: hashes[i]):
+        same = list(group)
+        if (size := sum(sizes[i] for i in same)) <= room:
+            held.update(same)
+            room -= size
     return held
 
 
@@ -99,7 +105,9 @@ def prepare(cfg: Config, progress: Callable[[str, int, int], None] = lambda what
     """
     source = sources.open_source(cfg.data)
     root = files.cache_dir() / "data"
-    settings = [cfg.data.tokenizer, cfg.data.val_fraction, _row_tokens(cfg.data.context)]
+    settings: list[Any] = [cfg.data.tokenizer, cfg.data.val_fraction, _row_tokens(cfg.data)]
+    if cfg.data.source == "pairs":
+        settings.append(["pairs", cfg.data.prefix])
     if cfg.data.tokenizer != "bytes":
         settings.append(cfg.model.vocab_size)
     known = root / "index" / f"{fingerprint([source.signature, settings])}.json"
@@ -119,8 +127,8 @@ def prepare(cfg: Config, progress: Callable[[str, int, int], None] = lambda what
     return _load(folder)
 
 
-def _row_tokens(context: int) -> int:
-    return context * max(1, ROW_TOKENS // context)
+def _row_tokens(data: Data) -> int:
+    return data.context if data.source == "pairs" else data.context * max(1, ROW_TOKENS // data.context)
 
 
 def _load(folder: Path) -> Prepared:
@@ -139,11 +147,17 @@ def check(prepared: Prepared) -> list[str]:
 
 
 def _write(cfg: Config, documents: Callable, survey: Survey, folder: Path, key: str, progress: Callable) -> None:
+    if cfg.data.source == "pairs" and not survey.held_out:
+        raise BadInput(
+            f"data.source=pairs: no pair is small enough to be held out of {len(survey.sizes)}; add pairs, or raise data.val_fraction"
+        )
     folder.mkdir(parents=True, exist_ok=True)
-    row_tokens = _row_tokens(cfg.data.context)
+    row_tokens = _row_tokens(cfg.data)
     kind = cfg.data.tokenizer
     if kind != "bytes" and not (folder / "tokenizer.model").exists():
-        training_texts = (text for i, (_, text) in enumerate(documents()) if i not in survey.held_out)
+        training_texts = (
+            text.replace(UNIT, "\n") for i, (_, text) in enumerate(documents()) if i not in survey.held_out
+        )
         tokenizer.save(tokenizer.train(kind, cfg.model.vocab_size, training_texts), folder)
     tok = tokenizer.load(folder, kind)
     train, held_out = _split(documents, survey, cfg.data.val_fraction)
@@ -154,7 +168,7 @@ def _write(cfg: Config, documents: Callable, survey: Survey, folder: Path, key: 
     }
     counts = {}
     for part, texts in parts.items():
-        counts[part] = _write_part(folder, part, texts, tok, row_tokens, sum(survey.sizes), progress)
+        counts[part] = _write_part(folder, part, texts, tok, cfg.data, sum(survey.sizes), progress)
     totals = {
         name: {
             "train": sum(count[name] for part, count in counts.items() if part != "validation"),
@@ -166,6 +180,11 @@ def _write(cfg: Config, documents: Callable, survey: Survey, folder: Path, key: 
         if not tokens:
             shutil.rmtree(folder)
             what = "the held-out documents hold" if split == "validation" else "the training documents hold"
+            if cfg.data.source == "pairs":
+                raise BadInput(
+                    f"data.source=pairs: {what} no pair that fits into data.prefix={cfg.data.prefix} and data.context={row_tokens}"
+                    f" tokens; try data.prefix={2 * cfg.data.prefix} and data.context={2 * row_tokens}, or more pairs"
+                )
             raise BadInput(
                 f"data.source={cfg.data.source} is too small: {what} less than one row of {row_tokens} tokens; "
                 f"add text, or try data.val_fraction={min(0.5, 2 * cfg.data.val_fraction)}"
@@ -238,7 +257,7 @@ def _slice(texts: Callable, start: int, stop: int) -> Callable:
 
 
 def _write_part(
-    folder: Path, part: str, texts: Callable, tok: Tokenizer, row_tokens: int, total: int, progress: Callable
+    folder: Path, part: str, texts: Callable, tok: Tokenizer, data: Data, total: int, progress: Callable
 ) -> dict[str, int]:
     """Prepares one part unless a finished one is there; returns its counts."""
     from llm_jax.data import rows
@@ -246,19 +265,32 @@ def _write_part(
     note = folder / "rows" / f"{part}.json"
     if note.exists():
         return files.read_json(note)
-    sizes = tok.token_bytes()
+    sizes, row_tokens = tok.token_bytes(), _row_tokens(data)
     counts = {"documents": 0, "tokens": 0, "bytes": 0}
 
-    def encoded() -> Iterator[np.ndarray]:
+    def batches() -> Iterator[list[str]]:
         done = 0
         for batch in _batched(texts(), 64):
             counts["documents"] += len(batch)
             done += sum(map(len, batch))
             progress(f"tokenizing {part}", done, total)
+            yield batch
+
+    def encoded() -> Iterator[np.ndarray]:
+        for batch in batches():
             yield from tok.encode(batch)
 
+    def encoded_pairs() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for batch in batches():
+            source, target = zip(*(text.split(UNIT) for text in batch), strict=True)
+            yield from zip(tok.encode(source), tok.encode(target), strict=True)
+
     def counted() -> Iterator[dict[str, Any]]:
-        for row in rows.pack(encoded(), tok.bos, row_tokens):
+        if data.source == "pairs":
+            found = rows.pair(encoded_pairs(), tok.bos, tok.pad, row_tokens, data.prefix)
+        else:
+            found = rows.pack(encoded(), tok.bos, row_tokens)
+        for row in found:
             counts["tokens"] += row_tokens
             counts["bytes"] += int(sizes[row["tokens"][1:]].sum())
             yield row

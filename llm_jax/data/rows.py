@@ -35,6 +35,24 @@ def pack(encoded: Iterable[np.ndarray], bos: int, row_tokens: int) -> Iterator[d
             buffer, filled = [stream[row_tokens:]], filled - row_tokens
 
 
+def pair(
+    encoded: Iterable[tuple[np.ndarray, np.ndarray]], bos: int, pad: int, row_tokens: int, prefix: int
+) -> Iterator[dict[str, Any]]:
+    """A row each of row_tokens + 1: `bos` and the source, at the right of the first `prefix` tokens; then `bos`, the target, `bos`.
+
+    The rest is `pad`. What stands between the padding is one document: families without an encoder read it as such, and the source's
+    length moves nothing. Pairs that do not fit are left out. "document" is such that a row's is one more than of the row before.
+    """
+    fitting = 0
+    for source, target in encoded:
+        if len(source) < prefix and len(target) < row_tokens - prefix:
+            row = np.full(row_tokens + 1, pad, np.int32)
+            row[prefix - len(source) - 1 : prefix] = [bos, *source]
+            row[prefix : prefix + len(target) + 2] = [bos, *target, bos]
+            yield {"tokens": row, "document": fitting + int(row[0] != bos)}
+            fitting += 1
+
+
 class TokenRows(tfds.core.GeneratorBasedBuilder):
     """{"tokens": [row_tokens + 1], "document": how many documents began before the row}, in the order given."""
 

@@ -19,8 +19,12 @@ from llm_jax.config import BadInput, Data, did_you_mean
 
 Documents = Iterator[tuple[str, str]]
 
+UNIT = "\x1f"
+"""Between the two texts of a pair, which is a document of this form: ASCII's unit separator."""
+
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 SUFFIXES = (*TEXT_SUFFIXES, ".jsonl")
+PAIR_SUFFIXES = (".tsv", ".jsonl")
 COMPRESSIONS = (".gz", ".xz", ".bz2", ".zst")
 NEEDS_TENSORFLOW = ("tiny_shakespeare", "lm1b", "pg19", "math_dataset")
 NEEDS_BEAM = ("c4", "wiki40b", "wikipedia")
@@ -41,6 +45,8 @@ def open_source(cfg: Data) -> Source:
         return _stdlib()
     if cfg.source == "files":
         return _files(cfg)
+    if cfg.source == "pairs":
+        return _pairs(cfg)
     if cfg.source == "synthetic":
         from llm_jax.data import synthetic
 
@@ -68,13 +74,7 @@ def _stdlib() -> Source:
 
 
 def _files(cfg: Data) -> Source:
-    paths: list[Path] = []
-    for pattern in cfg.files:
-        found = [Path(name) for name in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(name)]
-        if not found:
-            raise BadInput(f'data.files "{pattern}" matches no file{_nearest_file(pattern)}')
-        paths += found
-    paths = sorted(set(paths))
+    paths = _paths(cfg)
     for path in paths:
         _kind(path)  # refuse before reading the first
 
@@ -85,12 +85,50 @@ def _files(cfg: Data) -> Source:
     return Source(documents, ["files", cfg.text_field, [_stat(path) for path in paths]])
 
 
-def _kind(path: Path) -> tuple[str, str]:
+def _pairs(cfg: Data) -> Source:
+    """Documents `source UNIT target`, one a line of each file."""
+    paths, fields = _paths(cfg), cfg.pair_fields
+    for path in paths:
+        _kind(path, PAIR_SUFFIXES)
+
+    def documents() -> Documents:
+        for path in paths:
+            suffix, compression = _kind(path, PAIR_SUFFIXES)
+            with _open(path, compression) as f:
+                for number, line in enumerate(f, 1):
+                    where = f"{path}:{number}"
+                    if line.strip():
+                        pair = _tabbed(line, where) if suffix == ".tsv" else _values(line, fields, where, "pair_fields")
+                        if any(UNIT in text for text in pair):
+                            raise BadInput(f"{where}: U+001F may not be in a text of a pair")
+                        yield where, UNIT.join(pair)
+
+    return Source(documents, ["pairs", *fields, [_stat(path) for path in paths]])
+
+
+def _tabbed(line: str, where: str) -> list[str]:
+    pair = line.rstrip("\r\n").split("\t")
+    if len(pair) != 2:
+        raise BadInput(f"{where}: a line of a .tsv of pairs is source, tab, target; this one has {len(pair) - 1} tabs")
+    return pair
+
+
+def _paths(cfg: Data) -> list[Path]:
+    paths: list[Path] = []
+    for pattern in cfg.files:
+        found = [Path(name) for name in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(name)]
+        if not found:
+            raise BadInput(f'data.files "{pattern}" matches no file{_nearest_file(pattern)}')
+        paths += found
+    return sorted(set(paths))
+
+
+def _kind(path: Path, valid: tuple[str, ...] = SUFFIXES) -> tuple[str, str]:
     """(suffix, compression) of a file's name."""
     suffixes = path.suffixes
     compression = suffixes.pop() if suffixes and suffixes[-1] in COMPRESSIONS else ""
-    if not suffixes or suffixes[-1] not in SUFFIXES:
-        raise BadInput(f"data.files: {path} is none of {' '.join(SUFFIXES)}, with an optional {' '.join(COMPRESSIONS)}")
+    if not suffixes or suffixes[-1] not in valid:
+        raise BadInput(f"data.files: {path} is none of {' '.join(valid)}, with an optional {' '.join(COMPRESSIONS)}")
     return suffixes[-1], compression
 
 
@@ -112,27 +150,30 @@ def _read(path: Path, text_field: str) -> Documents:
             yield str(path), f.read()
             return
         for number, line in enumerate(f, 1):
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line)
-            except ValueError as error:
-                raise BadInput(f"{path}:{number}: not a JSON object ({error})") from None
-            if not isinstance(value, dict) or not isinstance(value.get(text_field), str):
-                known = (
-                    [name for name, item in value.items() if isinstance(item, str)] if isinstance(value, dict) else []
-                )
-                raise BadInput(
-                    f'{path}:{number}: no text in the field "{text_field}"{did_you_mean(text_field, known)} (data.text_field)'
-                )
-            yield f"{path}:{number}", value[text_field]
+            if line.strip():
+                where = f"{path}:{number}"
+                yield where, _values(line, (text_field,), where, "text_field")[0]
+
+
+def _values(line: str, fields: tuple[str, ...], where: str, setting: str) -> list[str]:
+    """The texts of some fields of a JSON object."""
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise BadInput(f"{where}: not a JSON object ({error})") from None
+    known = [name for name, item in value.items() if isinstance(item, str)] if isinstance(value, dict) else []
+    for field in fields:
+        if field not in known:
+            raise BadInput(f'{where}: no text in the field "{field}"{did_you_mean(field, known)} (data.{setting})')
+    return [value[field] for field in fields]
 
 
 def _nearest_file(pattern: str) -> str:
     folder = Path(os.path.expanduser(pattern)).parent
     while not folder.is_dir() and folder != folder.parent:
         folder = folder.parent
-    names = [str(folder / name.name) for name in folder.iterdir() if name.name.endswith((*SUFFIXES, *COMPRESSIONS))]
+    endings = (*SUFFIXES, *PAIR_SUFFIXES, *COMPRESSIONS)
+    names = [str(folder / name.name) for name in folder.iterdir() if name.name.endswith(endings)]
     return did_you_mean(pattern, names) if names else f"; the nearest folder that exists, {folder}, holds no text"
 
 

@@ -19,10 +19,11 @@ SAMPLE_CHARACTERS = 20_000_000
 
 
 class Tokenizer(Protocol):
-    """Ids are in [0, vocab_size); `bos` begins each document and is never part of one."""
+    """Ids are in [0, vocab_size); `bos` begins each document and is never part of one, nor is `pad`, which fills rows of pairs."""
 
     vocab_size: int
     bos: int
+    pad: int
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of each text, int32."""
@@ -38,10 +39,10 @@ class Tokenizer(Protocol):
 
 
 class Bytes:
-    """One token a UTF-8 byte. 0xFF, which UTF-8 never uses, begins a document, so that 256 ids are enough."""
+    """One token a UTF-8 byte. 0xFF begins a document and 0xFE pads, which UTF-8 never uses, so that 256 ids are enough."""
 
     vocab_size = 256
-    bos = 0xFF
+    bos, pad = 0xFF, 0xFE
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.frombuffer(text.encode("utf-8", "replace"), np.uint8).astype(np.int32) for text in texts]
@@ -51,7 +52,7 @@ class Bytes:
 
     def token_bytes(self) -> np.ndarray:
         sizes = np.ones(256, np.int32)
-        sizes[self.bos] = 0
+        sizes[[self.bos, self.pad]] = 0
         return sizes
 
     def sha256(self) -> str:
@@ -71,12 +72,14 @@ class SentencePiece:
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.vocab_size = self._processor.vocab_size()
         self.bos = self._processor.bos_id()
+        self.pad = self._processor.unk_id()  # no text has it: what is in no piece becomes bytes
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.asarray(ids, np.int32) for ids in self._processor.encode(list(texts))]
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._processor.decode([int(i) for i in ids if not self._processor.is_control(int(i))])
+        text = [int(i) for i in ids]
+        return self._processor.decode([i for i in text if i != self.pad and not self._processor.is_control(i)])
 
     @functools.cached_property
     def _pieces(self) -> list[tuple[str, float]]:

@@ -25,7 +25,7 @@ def sample_token(logits_BxV: jax.Array, key: jax.Array, temperature: float, top_
     return jax.random.categorical(key, logits_BxV / temperature, axis=-1).astype(jnp.int32)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "num_tokens", "temperature", "top_k"))
+@functools.partial(jax.jit, static_argnames=("model", "num_tokens", "temperature", "top_k", "prefix"))
 def generate(
     model: Model,
     params: Any,
@@ -35,11 +35,17 @@ def generate(
     num_tokens: int,
     temperature: float = 1.0,
     top_k: int | None = None,
+    segment_BxT: jax.Array | None = None,
+    prefix: int = 0,
 ) -> jax.Array:
-    """`num_tokens` further ids of each row, int32: the prompt in one pass, then a token at a time."""
+    """`num_tokens` further ids of each row, int32: the prompt in one pass, then a token at a time.
+
+    An encoder reads the first `prefix` tokens of the prompt. Prompts of unequal length stand at the right, behind padding that
+    `segment_BxT` numbers as another document.
+    """
     rows, length = prompt_BxT.shape
-    cache = families.init_cache(model, rows, length + num_tokens)
-    logits_BxTxV, cache = families.apply(model, params, prompt_BxT, cache=cache)
+    cache = families.init_cache(model, rows, length + num_tokens, prefix)
+    logits_BxTxV, cache = families.apply(model, params, prompt_BxT, segment_BxT, cache, prefix=prefix)
 
     def one(carry, key):
         cache, logits_BxV = carry
@@ -62,7 +68,10 @@ def continue_text(
     top_k: int | None = None,
     seed: int = 0,
 ) -> str:
-    """The text that the model trained in `folder` puts behind `prompt`, until it begins another document."""
+    """The text that the model trained in `folder` puts behind `prompt`, until it begins another document.
+
+    An encoder that is trained on rows of text reads the first data.prefix tokens; a shorter prompt has padding before it.
+    """
     if num_tokens < 1:
         raise BadInput(f"--tokens must be at least 1, got {num_tokens}")
     if temperature < 0:
@@ -71,18 +80,23 @@ def continue_text(
         raise BadInput(f"--top_k must lie in [1, {cfg.model.vocab_size}], got {top_k}")
     tokenizer = prepared.tokenizer()
     ids = [tokenizer.bos, *tokenizer.encode([prompt])[0].tolist()]
+    prefix = cfg.data.prefix if cfg.model.encodes else 0
+    padding = max(0, prefix + 1 - len(ids))
     positions = cfg.model.max_positions
-    if positions is not None and len(ids) + num_tokens > positions:
-        room = max(1, positions - len(ids))
+    read = len(ids) + padding - prefix  # by the decoder
+    if positions is not None and read + num_tokens > positions:
+        room = max(1, positions - read)
         raise BadInput(f"the model has {positions} positions and the prompt takes {len(ids)}: --tokens {room} fits")
     params = loop.load_params(cfg, folder)
     new = generate(
         cfg.model,
         params,
-        jnp.asarray([ids], jnp.int32),
+        jnp.asarray([padding * [tokenizer.pad] + ids], jnp.int32),
         jax.random.key(seed),
         num_tokens=num_tokens,
         temperature=temperature,
         top_k=top_k,
+        segment_BxT=jnp.asarray([padding * [1] + len(ids) * [0]], jnp.int32) if padding else None,
+        prefix=prefix,
     )[0].tolist()
     return tokenizer.decode(new[: new.index(tokenizer.bos)] if tokenizer.bos in new else new)

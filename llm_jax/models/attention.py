@@ -7,20 +7,29 @@ import jax.numpy as jnp
 
 
 def attention_mask(
-    num_queries: int, num_keys: int, window: int | None, segment_BxT: jax.Array | None, offset: jax.Array | None
+    num_queries: int,
+    num_keys: int,
+    window: int | None,
+    segment_BxT: jax.Array | None,
+    offset: jax.Array | None,
+    causal: bool = True,
+    visible_BxS: jax.Array | None = None,
 ) -> jax.Array:
-    """True where a query may look, shape B or 1 x 1 x 1 x T x S: not ahead, within the window, within its own document.
+    """True where a query may look, shape B or 1 x 1 x 1 x T x S: not ahead if causal, within the window, within its own document,
+    and at visible keys alone.
 
     `offset` is the position of the first query among the keys (0 without a cache).
     """
     query_Tx1 = jnp.arange(num_queries)[:, None] + (0 if offset is None else offset)
     key_1xS = jnp.arange(num_keys)[None, :]
-    mask_TxS = key_1xS <= query_Tx1
+    mask_TxS = key_1xS <= query_Tx1 if causal else jnp.ones((num_queries, num_keys), bool)
     if window is not None:
         mask_TxS &= query_Tx1 - key_1xS < window
     mask = mask_TxS[None, None, None]
     if segment_BxT is not None:
         mask = mask & (segment_BxT[:, None, None, :, None] == segment_BxT[:, None, None, None, :])
+    if visible_BxS is not None:
+        mask = mask & visible_BxS[:, None, None, None, :]
     return mask
 
 
@@ -32,8 +41,11 @@ def attend(
     window: int | None = None,
     segment_BxT: jax.Array | None = None,
     offset: jax.Array | None = None,
+    causal: bool = True,
+    visible_BxS: jax.Array | None = None,
 ) -> jax.Array:
-    """Causal softmax(q k / sqrt(H)) v, BxTxNxH, with the softmax in float32; query head n reads key head n // G.
+    """softmax(q k / sqrt(H)) v, BxTxNxH, with the softmax in float32; query head n reads key head n // G.
+    Causal unless told otherwise; `attention_mask` says who sees whom.
 
     Divided by the sum of the exponentials after the product with v and not before (Dao et al. 2022, Algorithm 1): the gradient's
     sums then run over H and not over S.
@@ -42,7 +54,7 @@ def attend(
     S, K = k_BxSxKxH.shape[1:3]
     q_BxTxKxGxH = q_BxTxNxH.reshape(B, T, K, N // K, H) * q_BxTxNxH.dtype.type(H**-0.5)
     scores_BxKxGxTxS = jnp.einsum("btkgh,bskh->bkgts", q_BxTxKxGxH, k_BxSxKxH).astype(jnp.float32)
-    mask = attention_mask(T, S, window, segment_BxT, offset)
+    mask = attention_mask(T, S, window, segment_BxT, offset, causal, visible_BxS)
     # A large negative number, not -inf: a row of a cache that sees nothing yet must not turn NaN.
     scores_BxKxGxTxS = jnp.where(mask, scores_BxKxGxTxS, jnp.float32(-1e30))
     largest_BxKxGxTx1 = jax.lax.stop_gradient(scores_BxKxGxTxS.max(-1, keepdims=True))

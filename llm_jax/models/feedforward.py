@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from llm_jax.config import BadInput, Model
+from llm_jax.config import Model
 from llm_jax.models.layers import normal, project
 
 Params = Any
@@ -65,7 +65,11 @@ class FeedForward(nn.Module):
             direct = normal(("context", "embed", "vocab"), seen * cfg.d_model)
             logits_BxTxV += project(x_BxTxOxD, self.param("direct", direct, (seen, cfg.d_model, cfg.vocab_size)), 2)
         logits_BxTxV = logits_BxTxV.astype(jnp.float32) + bias_V[None, None]
-        return logits_BxTxV if cache is None else (logits_BxTxV, Cache(all_Bx_[:, length:]))
+        if cache is None:
+            return logits_BxTxV
+        if segment_BxT is not None:
+            all_Bx_ = jnp.where(padded_Bx_ == segment_BxT[:, -1:], all_Bx_, NOTHING)
+        return logits_BxTxV, Cache(all_Bx_[:, length:])
 
 
 def init(cfg: Model, key: jax.Array) -> Params:
@@ -90,8 +94,6 @@ def apply(
     cache: Cache | None = None,
     dropout_key: jax.Array | None = None,
 ):
-    if cache is not None and segment_BxT is not None:
-        raise BadInput("a cache holds rows of one document each: no segments with it")
     module = FeedForward(cfg, train=dropout_key is not None)
     rngs = {"dropout": dropout_key} if dropout_key is not None else {}
     return module.apply({"params": params}, tokens_BxT, segment_BxT, cache, rngs=rngs)

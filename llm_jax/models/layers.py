@@ -52,8 +52,10 @@ def project(x: jax.Array, kernel: jax.Array, num_in: int = 1) -> jax.Array:
 
 
 def activate(kind: str, up: jax.Array, gate: jax.Array | None = None) -> jax.Array:
-    """The hidden layer of an MLP: GELU (its tanh form), SwiGLU (Shazeer 2020) or squared ReLU (So et al. 2021)."""
+    """The hidden layer of an MLP: GELU (its tanh form), SwiGLU (Shazeer 2020), squared ReLU (So et al. 2021) or ReLU."""
     if kind == "swiglu":
         assert gate is not None
         return jax.nn.silu(gate) * up
-    return jax.nn.gelu(up) if kind == "gelu" else jnp.square(jax.nn.relu(up))
+    if kind == "gelu":
+        return jax.nn.gelu(up)
+    return jax.nn.relu(up) if kind == "relu" else jnp.square(jax.nn.relu(up))

@@ -145,22 +145,27 @@ def grouped_product(x_PxQxD: jax.Array, kernel_ExDxF: jax.Array, expert_P: jax.A
     return jnp.einsum("pqd,pdf->pqf", x_PxQxD, kernel_ExDxF[expert_P])
 
 
+def sum_multiplied(by_block_PxDxF: jax.Array, expert_P: jax.Array, number: int) -> jax.Array:
+    """The sum over each expert's blocks, ExDxF in float32, as a product: on a GPU sums by scattering have no fixed order."""
+    one_hot_PxE = _one_hot(expert_P, number).astype(by_block_PxDxF.dtype)
+    return jnp.einsum("pe,pdf->edf", one_hot_PxE, by_block_PxDxF, preferred_element_type=jnp.float32)
+
+
+def sum_scattered(by_block_PxDxF: jax.Array, expert_P: jax.Array, number: int) -> jax.Array:
+    """The same by scattering, which is in order on a CPU and takes half the time there."""
+    wide_PxDxF = by_block_PxDxF.astype(jnp.float32)  # 128 blocks added up in bfloat16 are 2 % off
+    return jax.ops.segment_sum(wide_PxDxF, expert_P, number, indices_are_sorted=True)
+
+
 def _grouped_back(saved: tuple[jax.Array, jax.Array, jax.Array], grad_PxQxF: jax.Array):
     x_PxQxD, kernel_ExDxF, expert_P = saved
     of_x_PxQxD = jnp.einsum("pqf,pdf->pqd", grad_PxQxF, kernel_ExDxF[expert_P])
     by_block_PxDxF = jnp.einsum("pqd,pqf->pdf", x_PxQxD, grad_PxQxF)
+    add = functools.partial(jax.lax.platform_dependent, by_block_PxDxF, expert_P)
     number = kernel_ExDxF.shape[0]
-
-    def scattered(by_block_PxDxF, expert_P):
-        wide_PxDxF = by_block_PxDxF.astype(jnp.float32)  # 128 blocks added up in bfloat16 are 2 % off
-        return jax.ops.segment_sum(wide_PxDxF, expert_P, number, indices_are_sorted=True)
-
-    def multiplied(by_block_PxDxF, expert_P):
-        one_hot_PxE = _one_hot(expert_P, number).astype(by_block_PxDxF.dtype)
-        return jnp.einsum("pe,pdf->edf", one_hot_PxE, by_block_PxDxF, preferred_element_type=jnp.float32)
-
-    # The sum over an expert's blocks. A product has a fixed order everywhere, and is slow where multiplying is.
-    of_kernel_ExDxF = jax.lax.platform_dependent(by_block_PxDxF, expert_P, cpu=scattered, default=multiplied)
+    of_kernel_ExDxF = add(
+        cpu=functools.partial(sum_scattered, number=number), default=functools.partial(sum_multiplied, number=number)
+    )
     return of_x_PxQxD, of_kernel_ExDxF.astype(kernel_ExDxF.dtype), None
 
 
@@ -247,7 +252,7 @@ def mixture(
     """(y_MxD, Routing) of one layer. The router computes in float32, whatever the experts do (Fedus et al. 2021, section 2.4).
 
     `train` decides about capacity and experts' choice, which evaluation and generation do without. Inside of shard_map, `axis` names
-    the mesh axis that tokens and experts are spread over; `routing` is then of all its devices.
+    the mesh axis that tokens and experts are spread over; Routing is then of all its devices.
     """
     experts, tokens = cfg.experts, x_MxD.shape[0]
     logits_MxE = jnp.matmul(x_MxD.astype(jnp.float32), params["router"], precision=jax.lax.Precision.HIGHEST)
@@ -275,7 +280,6 @@ def mixture(
     }
     if axis is not None:
         routing = jax.lax.psum(routing, axis)
-        tokens *= jax.lax.axis_size(axis)
     # Switch, eq. 4: E sum_e f_e P_e, of the share of choices and the mean share of the score; 1 where both are even. Times M.
     f_E = routing["load"] / routing["load"].sum()
     routing["balance"] = experts.number * (f_E * routing.pop("share")).sum()

@@ -220,7 +220,7 @@ def apply(
 ):
     """Log-probabilities for logits, by NumPy on the host whatever the device; there is no gradient, and no dropout."""
     if cache is not None and segment_BxT is not None:
-        raise BadInput("a cache holds rows of one document each: no segments with it")
+        raise BadInput("the cache of an n-gram model holds rows of one document each: no segments with it")
     length = tokens_BxT.shape[1]
     all_Bx_ = tokens_BxT if cache is None else jnp.concatenate([cache.tokens_Bx_, jnp.asarray(tokens_BxT)], axis=1)
     shape = jax.ShapeDtypeStruct((*tokens_BxT.shape, cfg.vocab_size), jnp.float32)

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from llm_jax.config import BadInput, Model
+from llm_jax.config import Model
 from llm_jax.models.layers import Norm, normal, project
 
 Params = Any
@@ -43,7 +43,7 @@ def rnn_cell(gates_BxZxD: jax.Array, c_BxD: None) -> tuple[jax.Array, None]:
     return jnp.tanh(gates_BxZxD[:, 0]), None
 
 
-CELLS = {"lstm": (lstm_cell, 4), "rnn": (rnn_cell, 1)}
+CELLS = {"lstm": (lstm_cell, 4), "rnn": (rnn_cell, 1), "seq2seq_rnn": (lstm_cell, 4)}
 """The step of a family, and its number of gates."""
 
 
@@ -101,14 +101,14 @@ def _unroll_backward(cell, saved, cotangents):
 unroll.defvjp(_unroll_forward, _unroll_backward)
 
 
-def _orthogonal(key: jax.Array, shape: tuple[int, int, int], dtype: Any = jnp.float32) -> jax.Array:
+def orthogonal(key: jax.Array, shape: tuple[int, int, int], dtype: Any = jnp.float32) -> jax.Array:
     """An orthogonal matrix for each gate: states neither grow nor vanish along the loop before anything is learnt."""
     width, gates, _ = shape
     draw = functools.partial(nn.initializers.orthogonal(), shape=(width, width), dtype=dtype)
     return jnp.moveaxis(jax.vmap(draw)(jax.random.split(key, gates)), 0, 1)
 
 
-def _bias(key: jax.Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> jax.Array:
+def forget_bias(key: jax.Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> jax.Array:
     """Zeros; 1 for the forget gate, so that an LSTM starts by remembering (Jozefowicz et al. 2015, section 2)."""
     return jnp.zeros(shape, dtype).at[1:2].set(1)  # an RNN has no row 1
 
@@ -125,8 +125,8 @@ class Layer(nn.Module):
         cell, gates = CELLS[cfg.family]
         axes, shape = ("embed", "gates", "state"), (cfg.d_model, gates, cfg.d_model)
         input_DxZxD = self.param("input", normal(axes, cfg.d_model), shape)
-        w_DxZxD: Any = self.param("recurrent", nn.with_logical_partitioning(_orthogonal, axes), shape)
-        bias_ZxD: Any = self.param("bias", nn.with_logical_partitioning(_bias, axes[1:]), shape[1:])
+        w_DxZxD: Any = self.param("recurrent", nn.with_logical_partitioning(orthogonal, axes), shape)
+        bias_ZxD: Any = self.param("bias", nn.with_logical_partitioning(forget_bias, axes[1:]), shape[1:])
         gates_TxBxZxD = project(Norm(cfg.norm, name="norm")(x_TxBxD), input_DxZxD)
         gates_TxBxZxD += bias_ZxD.astype(x_TxBxD.dtype)[None, None]
         y_TxBxD, state = unroll(cell, gates_TxBxZxD, w_DxZxD.astype(x_TxBxD.dtype), state, keep_TxBx1)
@@ -155,7 +155,7 @@ class Recurrent(nn.Module):
             unroll=1 if cfg.scan_layers else cfg.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(cfg, self.train, name="blocks")
-        x_TxBxD, state = layers(x_TxBxD, tuple(state), _keep(segment_BxT))
+        x_TxBxD, state = layers(x_TxBxD, tuple(state), document_starts(segment_BxT))
         x_BxTxD = Norm(cfg.norm, name="norm")(jnp.swapaxes(x_TxBxD, 0, 1))
         if cfg.tie_embeddings:
             head_DxV = embed_VxD.T
@@ -165,8 +165,8 @@ class Recurrent(nn.Module):
         return logits_BxTxV if cache is None else (logits_BxTxV, Cache(*state))
 
 
-def _keep(segment_BxT: jax.Array | None) -> jax.Array | None:
-    """TxBx1: 0 where a document begins, and so a state of zeros."""
+def document_starts(segment_BxT: jax.Array | None) -> jax.Array | None:
+    """TxBx1, for `unroll`: 0 where a document begins, and so a state of zeros."""
     if segment_BxT is None:
         return None
     same_BxT = segment_BxT[:, 1:] == segment_BxT[:, :-1]
@@ -196,8 +196,6 @@ def apply(
     cache: Cache | None = None,
     dropout_key: jax.Array | None = None,
 ):
-    if cache is not None and segment_BxT is not None:
-        raise BadInput("a cache holds rows of one document each: no segments with it")
     module = Recurrent(cfg, train=dropout_key is not None)
     rngs = {"dropout": dropout_key} if dropout_key is not None else {}
     return module.apply({"params": params}, tokens_BxT, segment_BxT, cache, rngs=rngs)

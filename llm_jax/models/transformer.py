@@ -28,6 +28,8 @@ class Cache(NamedTuple):
     k_LxBxSxKxH: jax.Array
     v_LxBxSxKxH: jax.Array
     length: jax.Array
+    start_B: jax.Array | None = None
+    """Where the document begins that each row continues; nothing before is seen. None: with the row."""
 
 
 def rotation(positions_BxT: jax.Array, cfg: Model) -> tuple[jax.Array, jax.Array]:
@@ -56,9 +58,10 @@ class Attention(nn.Module):
     """Grouped-query attention (Ainslie et al. 2023); multi-head when K == N, multi-query when K == 1."""
 
     cfg: Model
+    causal: bool = True
 
     @nn.compact
-    def __call__(self, x_BxTxD, angles, segment_BxT, cache, length):
+    def __call__(self, x_BxTxD, angles, segment_BxT, cache, length, visible_BxS=None):
         cfg = self.cfg
         heads, kv_heads, width = cfg.num_heads, cfg.kv_heads, cfg.head_width
         q_DxNxH = self.param("q", normal(("embed", "heads", "head"), cfg.d_model), (cfg.d_model, heads, width))
@@ -84,6 +87,8 @@ class Attention(nn.Module):
             window=cfg.window,
             segment_BxT=segment_BxT,
             offset=length if cache else None,
+            causal=self.causal,
+            visible_BxS=visible_BxS,
         )
         return project(y_BxTxNxH, out_NxHxD, 2), cache
 
@@ -112,20 +117,21 @@ class Block(nn.Module):
 
     cfg: Model
     train: bool
+    causal: bool = True
 
     @nn.compact
-    def __call__(self, x_BxTxD, cache, angles, segment_BxT, length):
+    def __call__(self, x_BxTxD, cache, angles, segment_BxT, length, visible_BxS=None):
         cfg = self.cfg
         dropout = nn.Dropout(cfg.dropout, deterministic=not self.train)
-        attention = Attention(cfg, name="attention")
+        attention = Attention(cfg, self.causal, name="attention")
         mlp = Mixture(cfg, self.train, name="mlp") if cfg.experts.number else MLP(cfg, name="mlp")
         norm1, norm2 = Norm(cfg.norm, name="norm1"), Norm(cfg.norm, name="norm2")
         if cfg.norm_position == "pre":
-            y_BxTxD, cache = attention(norm1(x_BxTxD), angles, segment_BxT, cache, length)
+            y_BxTxD, cache = attention(norm1(x_BxTxD), angles, segment_BxT, cache, length, visible_BxS)
             x_BxTxD += dropout(y_BxTxD)
             x_BxTxD += dropout(mlp(norm2(x_BxTxD)))
         else:
-            y_BxTxD, cache = attention(x_BxTxD, angles, segment_BxT, cache, length)
+            y_BxTxD, cache = attention(x_BxTxD, angles, segment_BxT, cache, length, visible_BxS)
             x_BxTxD = norm1(x_BxTxD + dropout(y_BxTxD))
             x_BxTxD = norm2(x_BxTxD + dropout(mlp(x_BxTxD)))
         return x_BxTxD, cache
@@ -142,7 +148,16 @@ class Transformer(nn.Module):
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
         embed_VxD = self.param("embed", normal(("vocab", "embed"), cfg.d_model), (cfg.vocab_size, cfg.d_model))
         length = cache.length if cache is not None else jnp.int32(0)
-        positions_BxT = _positions(tokens_BxT, segment_BxT, length)
+        positions_BxT = positions(tokens_BxT, segment_BxT, length)
+        start_B, visible_BxS = None, None
+        if (
+            cache is not None and segment_BxT is not None
+        ):  # of the first tokens: all read their row's last document alone
+            start_B, segment_BxT = tokens_BxT.shape[1] - 1 - positions_BxT[:, -1], None
+        elif cache is not None and cache.start_B is not None:
+            start_B, positions_BxT = cache.start_B, positions_BxT - cache.start_B[:, None]
+        if cache is not None and start_B is not None:
+            visible_BxS = jnp.arange(cache.k_LxBxSxKxH.shape[2])[None, :] >= start_B[:, None]
         angles = rotation(positions_BxT, cfg) if cfg.positions == "rotary" else None
         # The tied matrix has variance 1/D for the logits; sqrt(D) lifts the input to 1 (Vaswani et al. 2017, 3.4).
         x_BxTxD = embed_VxD.astype(dtype)[tokens_BxT] * dtype.type(cfg.d_model**0.5)
@@ -157,13 +172,13 @@ class Transformer(nn.Module):
             Block,
             variable_axes={"params": 0, "routing": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(0 if cache is not None else nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(0 if cache is not None else nn.broadcast, *4 * (nn.broadcast,)),
             length=cfg.num_layers,
             unroll=1 if cfg.scan_layers else cfg.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(cfg, self.train, name="blocks")
         kv = cache[:2] if cache is not None else None
-        x_BxTxD, kv = layers(x_BxTxD, kv, angles, segment_BxT, length)
+        x_BxTxD, kv = layers(x_BxTxD, kv, angles, segment_BxT, length, visible_BxS)
         if cfg.norm_position == "pre":  # a post-norm block ends in one already
             x_BxTxD = Norm(cfg.norm, name="norm")(x_BxTxD)
         if cfg.tie_embeddings:
@@ -177,10 +192,10 @@ class Transformer(nn.Module):
         if cache is None:
             return logits_BxTxV
         k_LxBxSxKxH, v_LxBxSxKxH = kv
-        return logits_BxTxV, Cache(k_LxBxSxKxH, v_LxBxSxKxH, length + tokens_BxT.shape[1])
+        return logits_BxTxV, Cache(k_LxBxSxKxH, v_LxBxSxKxH, length + tokens_BxT.shape[1], start_B)
 
 
-def _positions(tokens_BxT: jax.Array, segment_BxT: jax.Array | None, length: jax.Array) -> jax.Array:
+def positions(tokens_BxT: jax.Array, segment_BxT: jax.Array | None, length: jax.Array) -> jax.Array:
     """Positions count from the start of the row, 1xT, or of the document where segments tell documents apart, BxT."""
     index_1xT = jnp.arange(tokens_BxT.shape[1], dtype=jnp.int32)[None, :] + length
     if segment_BxT is None:
@@ -217,14 +232,13 @@ def apply(
     """Logits for the token after each position: `logits_BxTxV`, float32; with a cache, `(logits_BxTxV, cache)`.
 
     Rows of `segment_BxT` number the documents packed into a row; positions attend within their own. With a cache the
-    tokens continue it, in rows of one document each; that they still fit is the caller's count. A dropout key means
-    training: without one, dropout is off. Raises BadInput for more tokens than the cache or the learned positions hold.
+    tokens continue it; that they still fit is the caller's count. Segments go with the first tokens of a cache, which then
+    continues the last document of each row. A dropout key means training: without one, dropout is off. Raises BadInput for
+    more tokens than the cache or the learned positions hold.
     """
     num_tokens = _checked_tokens(cfg, tokens_BxT)
     if cache is not None and num_tokens > cache.k_LxBxSxKxH.shape[2]:
         raise BadInput(f"{num_tokens} tokens exceed the cache; it has {cache.k_LxBxSxKxH.shape[2]} positions")
-    if cache is not None and segment_BxT is not None:
-        raise BadInput("a cache holds rows of one document each: no segments with it")
     module = Transformer(cfg, train=dropout_key is not None)
     rngs = {"dropout": dropout_key} if dropout_key is not None else {}
     return module.apply({"params": params}, tokens_BxT, segment_BxT, cache, rngs=rngs)

@@ -54,10 +54,10 @@ class Result:
 
 
 @functools.lru_cache
-def compiled_call(model: Model, train: Train):
+def compiled_call(model: Model, train: Train, prefix: int):
     """One compilation for all trials of a shape: the settings that do not change the program are reset before they reach here."""
     optimizer = adamw(train)
-    loss_fn, adjust = pretrain.loss_fn(model, train.z_loss), pretrain.adjust_fn(model)
+    loss_fn, adjust = pretrain.loss_fn(model, train, prefix), pretrain.adjust_fn(model)
     step = make_train_step(loss_fn, optimizer, train.grad_accumulation, adjust)
     return make_train_call(step, train.steps_per_call), jax.jit(optimizer.init)
 
@@ -71,7 +71,8 @@ def _compiled_init(model: Model):
 
 def _program(train: Train) -> Train:
     """The settings of `train` that the compiled step depends on; horizon, rate, schedule and seed reach it as arguments."""
-    names = ("beta1", "beta2", "epsilon", "weight_decay", "clip_norm", "z_loss", "grad_accumulation", "steps_per_call")
+    optimizer = ("beta1", "beta2", "epsilon", "weight_decay", "clip_norm")
+    names = (*optimizer, "z_loss", "label_smoothing", "grad_accumulation", "steps_per_call")
     return Train(**{name: getattr(train, name) for name in names})
 
 
@@ -95,10 +96,10 @@ def train(
     evaluate = _evaluation(cfg, prepared)
     if cfg.model.counted:
         return _count(cfg, prepared, iterator, evaluate, folder, progress)
-    call, init_opt = compiled_call(cfg.model, _program(cfg.train))
+    call, init_opt = compiled_call(cfg.model, _program(cfg.train), cfg.data.prefix)
     params = _compiled_init(cfg.model)(jax.random.key(cfg.train.seed))
     state = init_state(params, init_opt, cfg.train.seed)
-    bos = prepared.tokenizer().bos
+    tokenizer = prepared.tokenizer()
     with contextlib.ExitStack() as stack:  # whatever ends the run, a save under way is finished first
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(folder / "checkpoints")))
         trunk = None
@@ -129,7 +130,7 @@ def train(
                 tokens_CxBxT[i] = next(iterator)
             rates_C = np.zeros(per_call, np.float32)
             rates_C[:n] = learning_rates(cfg.train, num_steps, np.arange(step, step + n))
-            batches = pretrain.make_batch(tokens_CxBxT, bos, cfg.data.document_mask)
+            batches = pretrain.make_batch(tokens_CxBxT, tokenizer, cfg.data)
             state, new = call(state, batches, rates_C, n)
             # The call runs while the metrics of the one before are written and the next rows are read.
             if pending:
@@ -163,14 +164,12 @@ def train(
 
 def _evaluation(cfg: Config, prepared: Prepared) -> Callable[..., pretrain.Evaluation]:
     """evaluate(params=...) on the fixed held-out set."""
-    tokenizer = prepared.tokenizer()
     return functools.partial(
         pretrain.evaluate,
         cfg.model,
         held_out=pipeline.eval_set(prepared, cfg.data.context, cfg.data.eval_tokens),
-        token_bytes=tokenizer.token_bytes(),
-        bos=tokenizer.bos,
-        document_mask=cfg.data.document_mask,
+        tokenizer=prepared.tokenizer(),
+        data=cfg.data,
     )
 
 

@@ -19,17 +19,26 @@ def token_nll(logits_BxTxV: jax.Array, targets_BxT: jax.Array) -> tuple[jax.Arra
 
 
 def cross_entropy(
-    logits_BxTxV: jax.Array, targets_BxT: jax.Array, weights_BxT: jax.Array, z_loss: float = 0.0
+    logits_BxTxV: jax.Array,
+    targets_BxT: jax.Array,
+    weights_BxT: jax.Array,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Sum over tokens of w (nll + z_loss logsumexp^2), with {"nll", "weight"}: the sums without the z-term, and of w.
+    """Sum over tokens of w ((1 - e) nll + e mean_v(-log p_v) + z_loss logsumexp^2), e the label smoothing (Szegedy et al. 2016,
+    section 7), with {"nll", "weight"}: the sums of w nll, neither smoothed nor with the z-term, and of w.
 
     The z-term keeps the softmax normaliser near 1 (Chowdhery et al. 2022, section 5).
     """
     nll_BxT, lse_BxT = token_nll(logits_BxTxV, targets_BxT)
     sums = {"nll": (nll_BxT * weights_BxT).sum(), "weight": weights_BxT.sum()}
-    if not z_loss:
-        return sums["nll"], sums
-    return sums["nll"] + z_loss * (jnp.square(lse_BxT) * weights_BxT).sum(), sums
+    total = sums["nll"]
+    if label_smoothing:
+        even_BxT = lse_BxT - logits_BxTxV.astype(jnp.float32).mean(-1)
+        total = (1 - label_smoothing) * total + label_smoothing * (even_BxT * weights_BxT).sum()
+    if z_loss:
+        total = total + z_loss * (jnp.square(lse_BxT) * weights_BxT).sum()
+    return total, sums
 
 
 def routing_loss(experts: Experts, routing: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:

@@ -16,9 +16,14 @@ def learning_rates(cfg: Train, num_steps: int, steps: np.ndarray) -> np.ndarray:
 
     Linear warm-up to the peak at step `warmup_steps`; then `cosine` or `linear` to final_lr x peak, reached with the last step,
     or `wsd`: the peak until the last `decay_fraction` of the run, which cools down as 1 - sqrt (Haegele et al. 2024, eq. 1).
-    Until that cool-down wsd knows nothing of the horizon, so that runs of several lengths share it.
+    Until that cool-down wsd knows nothing of the horizon, so that runs of several lengths share it. `inverse_sqrt` never does: after
+    the warm-up it falls as 1 / sqrt(step), which is Vaswani et al. 2017, eq. 3, where the peak is (d_model warmup_steps)^-1/2.
     """
     t = np.asarray(steps, np.float64)
+    warmup = np.minimum(1.0, (t + 1) / max(1, int(cfg.warmup_steps)))
+    if cfg.schedule == "inverse_sqrt":
+        share = np.minimum(1.0, np.sqrt(max(1, int(cfg.warmup_steps)) / (t + 1)))
+        return (float(cfg.peak_lr) * warmup * share).astype(np.float32)
     start = cooldown_start(cfg, num_steps) if cfg.schedule == "wsd" else min(int(cfg.warmup_steps), num_steps)
     # The last step, num_steps - 1, has progress 1: a loss read before the rate has decayed is not that budget's loss.
     progress = np.clip((t + 1 - start) / max(1, num_steps - start), 0.0, 1.0)
@@ -28,7 +33,6 @@ def learning_rates(cfg: Train, num_steps: int, steps: np.ndarray) -> np.ndarray:
         share = 1 - progress
     else:
         share = 1 - np.sqrt(progress)
-    warmup = np.minimum(1.0, (t + 1) / max(1, int(cfg.warmup_steps)))
     return (float(cfg.peak_lr) * warmup * (cfg.final_lr + (1 - cfg.final_lr) * share)).astype(np.float32)
 
 

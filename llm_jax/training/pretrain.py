@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llm_jax.config import Model
+from llm_jax.config import Data, Model, Train
 from llm_jax.data.pipeline import EvalSet, segments
+from llm_jax.data.tokenizer import Tokenizer
 from llm_jax.models import families, ngram
 from llm_jax.models.moe import rebalance
 from llm_jax.training.losses import cross_entropy, routing_loss, token_nll
@@ -20,21 +21,34 @@ EVAL_ROWS = 16
 """Rows of one forward pass of the evaluation."""
 
 
-def make_batch(tokens_BxT: np.ndarray, bos: int, document_mask: bool) -> dict[str, np.ndarray]:
-    """What the loss reads, from rows of context + 1 tokens; more leading axes are allowed."""
+def make_batch(tokens_BxT: np.ndarray, tokenizer: Tokenizer, data: Data) -> dict[str, np.ndarray]:
+    """What the loss reads, from rows of context + 1 tokens; more leading axes are allowed. "weights" are of the targets after the
+    prefix, where they are not all 1: 0 where a row of pairs is padding, which is a document of its own.
+    """
     batch = {"tokens": tokens_BxT}
-    return batch | {"segments": segments(tokens_BxT, bos)} if document_mask else batch
+    if data.source == "pairs":
+        padding_BxT = tokens_BxT == tokenizer.pad
+        weights_BxT = (~padding_BxT[..., data.prefix + 1 :]).astype(np.float32)
+        return batch | {"segments": padding_BxT[..., :-1].astype(np.int32), "weights": weights_BxT}
+    return batch | {"segments": segments(tokens_BxT, tokenizer.bos)} if data.document_mask else batch
 
 
-def loss_fn(model: Model, z_loss: float) -> LossFn:
-    """loss(params, batch, key) of `make_batch`'s batches; see LossFn."""
+def _targets(batch: dict[str, jax.Array], prefix: int) -> tuple[jax.Array, jax.Array]:
+    """(targets_BxT, weights_BxT) after the prefix: of the inputs from there on, the tokens behind them."""
+    targets_BxT = batch["tokens"][:, prefix + 1 :]
+    weights_BxT = batch.get("weights")
+    return targets_BxT, jnp.ones(targets_BxT.shape, jnp.float32) if weights_BxT is None else weights_BxT
+
+
+def loss_fn(model: Model, train: Train, prefix: int = 0) -> LossFn:
+    """loss(params, batch, key) of `make_batch`'s batches, by the settings of losses in `train`; see LossFn."""
 
     def loss(params: Any, batch: dict[str, jax.Array], key: jax.Array):
-        inputs_BxT, targets_BxT = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
         logits_BxTxV, routing = families.apply_training(
-            model, params, inputs_BxT, batch.get("segments"), key if model.dropout else None
+            model, params, batch["tokens"][:, :-1], batch.get("segments"), key if model.dropout else None, prefix
         )
-        total, sums = cross_entropy(logits_BxTxV, targets_BxT, jnp.ones(targets_BxT.shape, jnp.float32), z_loss)
+        targets_BxT, weights_BxT = _targets(batch, prefix)
+        total, sums = cross_entropy(logits_BxTxV, targets_BxT, weights_BxT, train.z_loss, train.label_smoothing)
         if not routing:
             return total, sums
         added, more = routing_loss(model.experts, routing)
@@ -65,40 +79,41 @@ class Evaluation(NamedTuple):
 
 
 @functools.lru_cache
-def _compiled_nll(model: Model):
+def _compiled_nll(model: Model, prefix: int):
     @jax.jit
     def nll(params: Any, batches: dict[str, jax.Array]) -> jax.Array:
         def rows(batch):
-            logits_BxTxV = families.apply(model, params, batch["tokens"][:, :-1], batch.get("segments"))
-            return token_nll(logits_BxTxV, batch["tokens"][:, 1:])[0].sum(-1)
+            inputs_BxT, segment_BxT = batch["tokens"][:, :-1], batch.get("segments")
+            logits_BxTxV = families.apply(model, params, inputs_BxT, segment_BxT, prefix=prefix)
+            targets_BxT, weights_BxT = _targets(batch, prefix)
+            return (token_nll(logits_BxTxV, targets_BxT)[0] * weights_BxT).sum(-1)
 
         return jax.lax.map(rows, batches)
 
     return nll
 
 
-def evaluate(
-    model: Model, params: Any, held_out: EvalSet, token_bytes: np.ndarray, bos: int, document_mask: bool
-) -> Evaluation:
-    """Evaluates on all rows of `held_out`.
+def evaluate(model: Model, params: Any, held_out: EvalSet, tokenizer: Tokenizer, data: Data) -> Evaluation:
+    """Evaluates on all rows of `held_out`, on the targets after the prefix.
 
     The standard error treats documents as the independent units (a ratio estimate over clusters, Cochran 1977, section 6.3):
     tokens of one document share its difficulty, and treated as independent they would claim too much.
     """
     rows, width = held_out.tokens_BxT.shape
     if model.counted:
-        batch = make_batch(held_out.tokens_BxT, bos, document_mask)
-        nll_B = -ngram.token_log_probs(params, batch["tokens"], batch.get("segments")).sum(-1)
+        batch = make_batch(held_out.tokens_BxT, tokenizer, data)
+        nll_B = -ngram.token_log_probs(params, batch["tokens"], batch.get("segments"))[:, data.prefix :].sum(-1)
     else:
         padded = np.zeros((-(-rows // EVAL_ROWS) * EVAL_ROWS, width), np.int32)
         padded[:rows] = held_out.tokens_BxT
-        batches = make_batch(padded.reshape(-1, EVAL_ROWS, width), bos, document_mask)
-        nll_B = np.asarray(_compiled_nll(model)(params, batches), np.float64).reshape(-1)[:rows]
-    tokens_B = np.full(rows, width - 1)
+        batches = make_batch(padded.reshape(-1, EVAL_ROWS, width), tokenizer, data)
+        nll_B = np.asarray(_compiled_nll(model, data.prefix)(params, batches), np.float64).reshape(-1)[:rows]
+    weights_BxT = make_batch(held_out.tokens_BxT, tokenizer, data).get("weights")
+    tokens_B = np.full(rows, width - 1 - data.prefix) if weights_BxT is None else weights_BxT.sum(-1, dtype=np.float64)
     loss = nll_B.sum() / tokens_B.sum()
     _, cluster_B = np.unique(held_out.document_B, return_inverse=True)
     excess = np.bincount(cluster_B, nll_B - loss * tokens_B)
     clusters = len(excess)
     standard_error = np.sqrt((excess**2).sum() * clusters / max(1, clusters - 1)) / tokens_B.sum()
-    num_bytes = int(token_bytes[held_out.tokens_BxT[:, 1:]].sum())
+    num_bytes = int(tokenizer.token_bytes()[held_out.tokens_BxT[:, data.prefix + 1 :]].sum())
     return Evaluation(float(loss), float(standard_error), float(nll_B.sum() / num_bytes / np.log(2)))

@@ -146,6 +146,22 @@ def test_dropless_equals_the_loop_at_a_large_shape(monkeypatch, product, dtype, 
     assert grads[0][1].dtype == dtype
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 1e-2)])
+def test_both_ways_to_add_up_blocks(dtype, tolerance):
+    """CPUs run the one and accelerators the other: also where an expert has no block, or nearly all.
+
+    XLA's CPU compiler has no product of bfloat16 into float32, which is all that the other needs.
+    """
+    expert_P = jnp.asarray([0] * 140 + [2] * 3 + [3], jnp.int32)
+    by_block_PxDxF = activations(144, 35).reshape(144, 5, 7).astype(dtype)
+    plain_PxDxF, plain_P = np.asarray(by_block_PxDxF, np.float64), np.asarray(expert_P)
+    expected = np.stack([plain_PxDxF[plain_P == e].sum(0) for e in range(5)])
+    for way in (moe.sum_multiplied, moe.sum_scattered) if dtype == "float32" else (moe.sum_scattered,):
+        found = way(by_block_PxDxF, expert_P, 5)
+        assert found.dtype == jnp.float32
+        assert_close(found, expected, tolerance)
+
+
 @every_variant
 @pytest.mark.parametrize("mlp", ["relu2", "swiglu"])
 def test_every_variant_equals_the_loop(experts, mlp):
@@ -357,7 +373,7 @@ def test_active_parameters_are_those_of_the_dense_model_with_k_experts_as_its_ml
 
 def steps(model: Model, params, tokens_CxBxT, rate: float):
     cfg = Train()
-    loss_fn, adjust = pretrain.loss_fn(model, 0.0), pretrain.adjust_fn(model)
+    loss_fn, adjust = pretrain.loss_fn(model, Train()), pretrain.adjust_fn(model)
     count = len(tokens_CxBxT)
     call = make_train_call(make_train_step(loss_fn, adamw(cfg), 1, adjust), count)
     state = init_state(params, adamw(cfg).init, 0)
@@ -366,19 +382,30 @@ def steps(model: Model, params, tokens_CxBxT, rate: float):
     return call(state, {"tokens": tokens_CxBxT}, np.full(count, rate, np.float32), count)
 
 
+def skewed_tokens(count: int) -> np.ndarray:
+    """Rows for `count` steps, of tokens as frequent as their number."""
+    p_V = np.arange(VOCAB) / np.arange(VOCAB).sum()
+    return np.random.default_rng(4).choice(VOCAB, p=p_V, size=(count, 8, 33)).astype(np.int32)
+
+
+def excess(load_CxLxE: np.ndarray) -> float:
+    """How far the most loaded expert of a layer is above the mean, over all of the steps together."""
+    load_LxE = load_CxLxE.sum(0)
+    return float((load_LxE.max(-1) / load_LxE.mean(-1)).mean() - 1)
+
+
 @pytest.mark.usefixtures("mixed_dtypes")
 def test_the_bias_balances_the_experts_and_nothing_else_moves():
     """At learning rate 0 the bias alone may move, and it alone must even out the load (Wang et al. 2024, Algorithm 1)."""
     model = replace(SMALL, experts=Experts(number=8, per_token=2, gate="sigmoid", balance="bias", bias_rate=0.02))
-    params = families.init(model, jax.random.key(3))
+    params = families.init(model, jax.random.key(4))
     params["blocks"]["mlp"]["router"] *= 3
-    tokens_CxBxT = np.random.default_rng(0).choice(VOCAB, p=np.arange(VOCAB) / 171, size=(80, 8, 33)).astype(np.int32)
-    state, metrics = steps(model, params, tokens_CxBxT, 0.0)
+    state, metrics = steps(model, params, skewed_tokens(80), 0.0)
     load_CxLxE = np.asarray(metrics["expert_load"])
     np.testing.assert_allclose(load_CxLxE.sum(-1), 2, rtol=1e-6)
-    worst_C = load_CxLxE.max(-1).mean(-1) / (2 / 8)
-    assert worst_C[:5].mean() > 1.6
-    assert worst_C[-10:].mean() < 1.35
+    early, late = excess(load_CxLxE[:3]), excess(load_CxLxE[-30:])
+    assert early > 0.3
+    assert late < early / 3
     bias_LxE = state.params["blocks"]["mlp"].pop("router_bias")
     before_LxE = params["blocks"]["mlp"].pop("router_bias")
     assert np.abs(before_LxE).max() == 0 < np.abs(bias_LxE).max()
@@ -398,18 +425,14 @@ def test_the_bias_has_no_gradient_and_no_weight():
 @pytest.mark.usefixtures("mixed_dtypes")
 def test_the_balancing_loss_keeps_every_expert_in_use():
     """Without it routers collapse: the experts chosen first learn first, and are chosen more (Shazeer et al. 2017, section 4)."""
-    worst = {}
-    tokens_CxBxT = np.random.default_rng(0).choice(VOCAB, p=np.arange(VOCAB) / 171, size=(80, 8, 33)).astype(np.int32)
+    uneven, unused = {}, {}
     for weight in (0.0, 0.1):
         model = replace(SMALL, experts=Experts(number=8, per_token=2, aux_weight=weight, z_weight=0.0))
-        _, metrics = steps(model, families.init(model, jax.random.key(3)), tokens_CxBxT, 3e-3)
+        _, metrics = steps(model, families.init(model, jax.random.key(4)), skewed_tokens(100), 3e-3)
         load_CxLxE = np.asarray(metrics["expert_load"])[-20:]
-        assert np.isfinite(metrics["nll"]).all()
-        worst[weight] = float((load_CxLxE.max(-1) / load_CxLxE.mean(-1)).mean())
-        if weight:
-            assert load_CxLxE.sum(0).min() > 0
-    assert worst[0.1] < 1.4
-    assert worst[0.1] < 0.7 * worst[0.0]
+        uneven[weight], unused[weight] = excess(load_CxLxE), int((load_CxLxE.sum(0) == 0).sum())
+    assert unused[0.0] > 0 == unused[0.1]
+    assert uneven[0.1] < uneven[0.0] / 5
 
 
 # Experts over devices.

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -32,8 +33,22 @@ MODELS = {
     "feedforward": Model(family="feedforward", d_model=24, d_ff=56, ngram_order=4),
     "feedforward, direct": Model(family="feedforward", d_model=24, ngram_order=2, direct_connections=True),
 }
+VASWANI = Model(
+    family="encoder_decoder", norm_position="post", norm="layernorm", positions="sinusoidal", mlp="relu", qk_norm=False
+)
+MODELS |= {
+    "vaswani": replace(VASWANI, num_layers=2, d_model=32),
+    "encoder-decoder": replace(
+        VASWANI, num_layers=2, num_encoder_layers=3, num_kv_heads=1, mlp="swiglu", norm_position="pre", qk_norm=True
+    ),
+    "encoder-decoder, learned": Model(
+        family="encoder_decoder", d_model=32, positions="learned", tie_embeddings=False, scan_layers=True
+    ),
+    "bahdanau": Model(family="seq2seq_rnn", num_layers=1, num_encoder_layers=2, d_model=32),
+    "seq2seq_rnn": Model(family="seq2seq_rnn", num_layers=3, d_model=32, tie_embeddings=False, scan_layers=True),
+}
 every_model = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
-CONTEXT = 16
+CONTEXT, PREFIX = 16, 4
 
 
 @pytest.fixture(autouse=True)
@@ -62,6 +77,10 @@ def products(jaxpr, times=1):
             yield times * 2 * result * math.prod(left[axis] for axis in contract), times * result
 
 
+def run(model, params, tokens_1xT):
+    return families.apply(model, params, tokens_1xT, prefix=PREFIX)
+
+
 def sum_of_flops(found) -> int:
     return sum(flops for flops, _ in found)
 
@@ -75,8 +94,8 @@ def program(function, model):
 @every_model
 def test_the_full_count_is_that_of_the_program(model):
     """Every matrix product of the forward pass, and nothing left out or counted twice; the same for what the products put out."""
-    found = list(products(program(functools.partial(families.apply, model), model)))
-    counted = parts.parts(model, CONTEXT)
+    found = list(products(program(functools.partial(run, model), model)))
+    counted = parts.parts(model, CONTEXT, PREFIX)
     assert sum(flops for flops, _ in found) == CONTEXT * parts.flops(counted)
     put_out = sum(part.times * part.outputs for part in counted if part.flops)
     assert sum(result for _, result in found) == CONTEXT * put_out
@@ -87,10 +106,10 @@ def test_training_costs_three_forward_passes(model):
     """The factor in 6 N D: the backward pass multiplies twice as much, for the gradient of each input and of each array."""
 
     def loss(params, tokens_BxT):
-        return families.apply(model, params, tokens_BxT).sum()
+        return run(model, params, tokens_BxT).sum()
 
     found = sum(flops for flops, _ in products(program(jax.grad(loss), model)))
-    assert found == CONTEXT * cost.flops_per_token(model, CONTEXT)["full"]
+    assert found == CONTEXT * cost.flops_per_token(model, CONTEXT, PREFIX)["full"]
 
 
 @every_model
@@ -102,7 +121,7 @@ def test_parts_are_the_tree_of_parameters(model):
         for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)
     }
     stored = [part for part in parts.parts(model, CONTEXT) if part.stored]
-    layers = {part.name: (part.times,) if part.name.startswith("blocks/") else () for part in stored}
+    layers = {part.name: (part.times,) if part.name.split("/")[0].endswith("blocks") else () for part in stored}
     assert tree == {part.name: layers[part.name] + part.shape for part in stored}
     assert parts.num_params(model) == sum(math.prod(shape) for shape in tree.values())
 
@@ -162,6 +181,28 @@ def test_the_published_counts_of_gpt2_small():
     assert parts.num_params(gpt2) == 124_337_664  # the published 124,439,808 less 102,144 biases
     per_token = cost.flops_per_token(gpt2, 1024)
     assert per_token["with_attention"] == 6 * 84_934_656 + 3 * 2 * 2 * 12 * 1024 * 768
+
+
+def test_the_published_count_of_the_base_transformer():
+    """Vaswani et al. 2017, table 3: 65 M parameters; 37,000 pieces, without the biases and norms' shifts that are left out here."""
+    base = replace(VASWANI, vocab_size=37_000, num_layers=6, d_model=512, num_heads=8)
+    attention, mlp = 4 * 512**2, 2 * 512 * 2048
+    assert parts.num_params_matrices(base) == 6 * (attention + mlp) + 6 * (2 * attention + mlp)
+    assert parts.num_params(base) == 44_040_192 + 37_000 * 512 + 30 * 512
+    assert parts.num_params(base) == pytest.approx(65e6, rel=0.035)
+
+
+def test_a_token_passes_through_encoder_or_decoder():
+    """With as much of a row on both sides, N active is half of the blocks: twice the parameters at the cost of a decoder alone
+    (Raffel et al. 2020, section 3.2.2), but for the attention to the source."""
+    both = Model(family="encoder_decoder", num_layers=3, d_model=48, num_heads=4)
+    decoder = Model(num_layers=3, d_model=48, num_heads=4)
+    cross = sum(part.params for part in parts.parts(both, 16, 8) if part.name.startswith("decoder_blocks/cross"))
+    cross += 3 * 48  # its norms
+    assert 2 * (parts.num_params_active(both, 16, 8) - 256 * 48) == 2 * (parts.num_params(decoder) - 256 * 48) + cross
+    counts = cost.counts(both, 16, 1000, 8)
+    assert counts["N_params"] > 1.7 * counts["N_active"]
+    assert counts["C_flops"] == 6 * counts["N_active"] * 1000
 
 
 def test_large_runs_do_not_overflow():

@@ -82,3 +82,13 @@ def test_clipping_bounds_the_global_norm(mixed_dtypes):
     grads = {"w": np.full((10, 10), 5.0, np.float32)}
     clipped, _ = optax.clip_by_global_norm(Train().clip_norm).update(grads, optax.EmptyState())
     assert float(optax.tree.norm(clipped)) == pytest.approx(1.0, rel=1e-5)
+
+
+def test_inverse_square_root_is_equation_3_of_vaswani_et_al():
+    """d_model^-1/2 min(step^-1/2, step warmup^-3/2), steps from 1; whatever the horizon, and never zero."""
+    d_model, warmup = 64, 40
+    cfg = Train(schedule="inverse_sqrt", peak_lr=(d_model * warmup) ** -0.5, warmup_steps=warmup)
+    step = np.arange(1, 1001)
+    expected = d_model**-0.5 * np.minimum(step**-0.5, step * warmup**-1.5)
+    np.testing.assert_allclose(optimizer.learning_rates(cfg, 1000, step - 1), expected, rtol=1e-6)
+    np.testing.assert_allclose(optimizer.learning_rates(cfg, 100, step[:100] - 1), expected[:100], rtol=1e-6)

@@ -1,0 +1,96 @@
+"""Back to Cyrillic: Russian words from the Latin letters of a passport, by encoder and decoder, with recurrence and without.
+
+    python experiments/transliterate.py pairs CORPUS.jsonl.xz   # writes pairs/transliteration.tsv
+    llm-jax sweep experiments/transliterate.py
+    python experiments/transliterate.py score runs/transliterate
+
+The passport's letters (ICAO Doc 9303, part 3) lose what a reader of Russian puts back: ь is dropped, и and й are both i, е and э both
+e, ц and тс both ts, so that a word has to be known, or one of its family. Words are those of Russian classics, the most frequent
+first, ё written as е, a tenth of them held out: forms of a held-out word may be in the training set, the word itself is not. A token
+is a letter.
+
+One process on two CPU cores that others used as well, six minutes for the three trials and two for the scores: 1.5e12 FLOPs each, as
+6 N D of the active parameters. Measured 2026-11-22, seed 0, on 5,000 held-out words (standard error of an exact match 0.4 %; words
+whose letters two words share allow 98.7 %):
+
+                     N active   nats a letter     exact match           character error rate
+                                                  greedy   beam of 4    greedy   beam of 4
+    encoder_decoder   135,644   0.1334 +- 0.0012  91.5 %   91.7 %       1.16 %   1.13 %
+    transformer       119,168   0.1339 +- 0.0013  91.1 %   91.1 %       1.27 %   1.25 %
+    seq2seq_rnn        91,929   0.1547 +- 0.0027  90.5 %   90.6 %       1.44 %   1.29 %
+
+What is wrong is mostly ь: "teper" became тепер.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import lzma
+import re
+import sys
+from pathlib import Path
+
+from llm_jax.config import Data, Model, Train
+from scaling.experiment import Experiment, axis, product
+
+PAIRS = "pairs/transliteration.tsv"
+WORDS = 100_000
+CYRILLIC = "абвгдежзийклмнопрстуфхцчшщъыьэюя"
+LATIN = "a b v g d e zh z i i k l m n o p r s t u f kh ts ch sh shch ie y - e iu ia".replace("-", "").split(" ")
+LETTERS = dict(zip(CYRILLIC, LATIN, strict=True))
+
+experiment = Experiment(
+    # Pieces: 256 bytes, 3 marks, a newline, 32 letters and 24.
+    model=Model(vocab_size=320, num_layers=2, d_model=64, num_heads=4),
+    data=Data(
+        source="pairs", files=(PAIRS,), tokenizer="bpe", context=34, prefix=18, val_fraction=0.1, eval_tokens=34 * 4096
+    ),
+    train=Train(tokens_per_step=34 * 64, label_smoothing=0.1),
+    axes=product(
+        axis("compute", [1.5e12]),
+        axis("model.family", ["encoder_decoder", "seq2seq_rnn", "transformer"]),
+    ),
+)
+
+
+def romanize(word: str) -> str:
+    """By ICAO Doc 9303, part 3, table of Cyrillic."""
+    return "".join(LETTERS[letter] for letter in word)
+
+
+def write_pairs(corpus: Path, path: Path = Path(PAIRS)) -> None:
+    """romanized TAB word, a line each of the WORDS most frequent words of 3 to 14 letters."""
+    words: collections.Counter[str] = collections.Counter()
+    with lzma.open(corpus, "rt", encoding="utf-8") as f:
+        for line in f:
+            words.update(re.findall(rf"\b[{CYRILLIC}]{{3,14}}\b", json.loads(line)["text"].lower().replace("ё", "е")))
+    path.parent.mkdir(exist_ok=True)
+    lines = [f"{romanize(word)}\t{word}\n" for word, _ in words.most_common(WORDS)]
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def score(run: Path, count: int = 5000) -> None:
+    """Exact match and character error rate on held-out words, greedy and with a beam, a line a trial."""
+    from llm_jax.data.prepare import prepare
+    from llm_jax.generation import pairs
+    from llm_jax.training import loop
+    from scaling import ledger
+
+    for trial in ledger.trials(run):
+        prepared = prepare(trial.config)
+        held = pairs.held_out(trial.config, prepared)
+        best = len({source for source, _ in held}) / len(held)
+        held = held[:: len(held) // count][:count]
+        source, wanted = zip(*held, strict=True)
+        params = loop.load_params(trial.config, ledger.trial_folder(run, trial.id))
+        print(trial.config.model.family, f"of {len(held)} words; a source with two targets allows {best:.3f}")
+        for width in (1, 4):
+            found = pairs.transduce(trial.config, prepared.tokenizer(), params, source, width=width)
+            print(f"  beam {width}", {name: round(value, 4) for name, value in pairs.score(found, wanted).items()})
+        for text, right, ours in list(zip(source, wanted, found, strict=True))[:5]:
+            print(f"    {text} {ours}" + ("" if right == ours else f" (wrong: {right})"))
+
+
+if __name__ == "__main__":
+    {"pairs": write_pairs, "score": score}[sys.argv[1]](Path(sys.argv[2]))
