@@ -48,7 +48,7 @@ def texts(prepared, split):
 def test_every_pair_that_fits_is_in_one_split(pairs_file, tokenizer):
     """A source in both splits would make the held-out loss a training loss, also where its targets differ."""
     cfg = config(pairs_file, tokenizer=tokenizer)
-    prepared = prepare.prepare(replace(cfg, model=Model(vocab_size=320)))
+    prepared = prepare.prepare(replace(cfg, model=Model(vocab_size=296)))
     train, held = texts(prepared, "train"), texts(prepared, "validation")
     wanted = [tuple(line.split("\t")) for line in pairs_file.read_text(encoding="utf-8").splitlines()]
     fitting = wanted[:-1] if tokenizer == "bytes" else wanted
@@ -56,7 +56,7 @@ def test_every_pair_that_fits_is_in_one_split(pairs_file, tokenizer):
     assert not {source for source, _ in train} & {source for source, _ in held}
     assert 0.1 < len(held) / len(wanted) < 0.3
     assert prepared.documents["train"] + prepared.documents["validation"] == len(wanted)
-    assert pairs.held_out(replace(cfg, model=Model(vocab_size=320)), prepared) == held
+    assert pairs.held_out(replace(cfg, model=Model(vocab_size=296)), prepared) == held
 
 
 def test_a_row_of_a_pair():

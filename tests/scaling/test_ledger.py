@@ -1,12 +1,14 @@
 """The ledger: no trial lost, none run twice, whatever is killed."""
 
 import json
+import math
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -47,6 +49,16 @@ def test_a_sweep_trains_each_trial_once(small, tmp_path):
     header, *lines = (tmp_path / "run" / "table.csv").read_text().splitlines()
     assert {"N_params", "D_tokens", "loss", "C_flops", "seed", "epochs"} <= set(header.split(","))
     assert len(lines) == 4
+
+
+def test_the_table_says_where_a_schedule_ends(small, tmp_path):
+    """The warning about losses read before the rate has decayed stands on these columns: inverse_sqrt never decays to zero."""
+    both = replace(
+        small, axes=axis("train.schedule", ["cosine", "inverse_sqrt"]), train=replace(small.train, tokens=1280)
+    )
+    make(tmp_path / "run", both)
+    ends = {row["schedule"]: row["decay_tokens"] for row in ledger.rows(tmp_path / "run")}
+    assert ends == {"cosine": 1280, "inverse_sqrt": math.inf}
 
 
 def test_a_trial_has_one_holder(small, tmp_path):
