@@ -35,20 +35,22 @@ def run(capsys, *words):
     return status, out, err
 
 
-@pytest.mark.parametrize("family", ["transformer", "lstm", "rnn", "feedforward"])
+@pytest.mark.parametrize("family", ["transformer", "encoder_decoder", "lstm", "rnn", "seq2seq_rnn", "feedforward"])
 def test_the_sums_are_what_the_ledger_stores(experiment, capsys, family):
     """A table that is checked by hand is worth something only if the laws are fitted to the same numbers."""
-    status, out, _ = run(capsys, "explain", experiment, "--model.family", family, "--depth", 2, "--json")
+    words = [experiment, "--model.family", family, "--data.prefix", 8]
+    status, out, _ = run(capsys, "explain", *words, "--depth", 2, "--json")
     assert status == 0
     found = json.loads(out)
-    row = json.loads(run(capsys, "sweep", experiment, "--model.family", family, "--dry_run", "--json")[1])["trials"][0]
+    row = json.loads(run(capsys, "sweep", *words, "--dry_run", "--json")[1])["trials"][0]
     assert {name: row[name] for name in found["run"]} == found["run"]
     total = {name: sum(part[name] for part in found["parts"]) for name in ("N_params", "flops")}
     assert total["N_params"] == row["N_params"]
     assert 3 * total["flops"] * row["D_tokens"] == row["C_full"]
-    printed = run(capsys, "explain", experiment, "--model.family", family, "--depth", 2)[1]
+    printed = run(capsys, "explain", *words, "--depth", 2)[1]
     assert f"{row['N_params']:,}" in printed
     assert f"{total['flops']:,}" in printed
+    assert ("the encoder reads 8" in printed) == (family in ("encoder_decoder", "seq2seq_rnn"))
 
 
 def test_activations_are_those_of_a_microbatch():
