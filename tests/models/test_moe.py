@@ -423,6 +423,7 @@ def test_the_bias_has_no_gradient_and_no_weight():
 
 
 @pytest.mark.usefixtures("mixed_dtypes")
+@pytest.mark.slow
 def test_the_balancing_loss_keeps_every_expert_in_use():
     """Without it routers collapse: the experts chosen first learn first, and are chosen more (Shazeer et al. 2017, section 4)."""
     uneven, unused = {}, {}
