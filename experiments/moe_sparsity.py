@@ -8,6 +8,17 @@ The design of Clark et al. 2022 (arXiv:2202.01169): every layer has its MLP repl
 of them, and all models see the same tokens, so that active parameters and FLOPs hardly depend on E (the router adds its own) and
 total ones grow with it. Their law, log L = a log N + b log E_hat + c log N log E_hat + d, takes N as the active parameters; b < 0 is what
 experts buy, and c > 0 that they buy less the larger the model. In the table: N_active, N_params (total), num_experts, sparsity.
+
+Measured 2026-11-22 on 16 CPU cores (--workers 16, two minutes), 24 trials of one seed, nats a byte:
+
+    active        dense   2 experts   4       8       16      32
+    10,336        1.973   1.930       1.944   1.923   1.953   1.961
+    20,112        1.796   1.767       1.737   1.760   1.722   1.734
+    32,960        1.687   1.674       1.672   1.640   1.638   1.665
+    95,640        1.545   1.542       1.540   1.549   1.524   1.537
+
+A million bytes feed no more than 8 to 16 experts, which buy 1 to 4 % of the loss, 1 % at the largest size; the noise of a run is about
+1 %. Clark's law is fitted and not determined: b, c, E_start and E_max are unbounded. It wants more tokens and seeds.
 """
 
 from llm_jax.config import Data, Experts, Model, Train

@@ -214,7 +214,9 @@ def analyse(
         parameters["sigma"] = fitted.sigma
     # Any table has runs of like compute; those of one that names its budgets were meant to be compared.
     try:
-        parabolas = isoflop.parabolas(table) if chosen.target == "loss" and "budget" in table.columns else []
+        budget_R = table.columns.get("budget")  # empty where the trials were given tokens and not compute
+        budgeted = budget_R is not None and budget_R.dtype.kind == "f" and chosen.target == "loss"
+        parabolas = isoflop.parabolas(table) if budgeted else []
     except BadInput:
         parabolas = []
     counted = conventions.under_each(chosen, table, objective) if methods and not hold else []

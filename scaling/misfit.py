@@ -152,10 +152,11 @@ def axes(law: Law, table: Table) -> dict[str, tuple[bool, np.ndarray]]:
 
 
 def _ruled(table: Table, name: str) -> bool:
-    """Whether a column is all but a power law of N and D."""
+    """Whether a column is all but a power law of N, total and active, and D."""
     if name in SIZES or not {"N_params", "D_tokens"} <= set(table.columns):
         return False
-    design = np.stack([np.ones(len(table)), *(np.log(table.column(size)) for size in ("N_params", "D_tokens"))], 1)
+    sizes = [size for size in ("N_params", "N_active", "D_tokens") if size in table.columns]
+    design = np.stack([np.ones(len(table)), *(np.log(table.column(size)) for size in sizes)], 1)
     log_R = np.log(table.column(name))
     left_R = log_R - design @ np.linalg.lstsq(design, log_R, rcond=None)[0]
     return bool(left_R.var() < RULED * log_R.var())

@@ -117,3 +117,11 @@ def test_a_cluster_is_refused_where_it_has_no_meaning():
         analyse(runs(), "isoflop", cluster="seed")
     with pytest.raises(BadInput, match="by bootstrap alone, not by profile"):
         analyse(runs(), "isoflop", ci="profile")
+
+
+def test_trials_without_a_budget_have_no_isoflop_minima():
+    """Runs of equal tokens have like compute by accident; the column that would name their budget is empty."""
+    table = runs(noise=0.003)
+    empty = Table({**table.columns, "budget": np.full(len(table), "")})
+    assert "isoFLOP minimum" in analyse(table, "chinchilla", ci="none").summary()
+    assert "isoFLOP minimum" not in analyse(empty, "chinchilla", ci="none").summary()

@@ -263,6 +263,8 @@ def test_settings_that_follow_by_rule_are_not_blamed():
     result = fit(laws.by_name("kaplan-n"), ruled)
     assert set(misfit.axes(result.law, ruled)) == {"N_params", "C_flops", "D_tokens"}
     assert "D_tokens" in misfit.warning(result, ruled) or "C_flops" in misfit.warning(result, ruled)
+    experts = Table({**ruled.columns, "N_active": n, "N_params": n * np.tile([1.0, 8.0, 2.0, 4.0, 16.0], 4)})
+    assert "peak_lr" not in misfit.axes(result.law, experts)
     tried = np.random.default_rng(0).permutation(np.tile([0.001, 0.01, 0.003, 0.03], 5))
     free = Table({**ruled.columns, "peak_lr": tried})
     assert "peak_lr" in misfit.axes(result.law, free)
