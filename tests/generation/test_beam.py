@@ -22,6 +22,7 @@ MODELS = {
     "transformer": BASE,
     "lstm": replace(BASE, family="lstm"),
 }
+SEARCHED = [("encoder_decoder", 1.5), ("seq2seq_rnn", 1.5), ("transformer", 1.5), ("encoder_decoder", 0.0)]
 every_model = pytest.mark.parametrize("cfg", MODELS.values(), ids=MODELS)
 PROMPT = np.asarray([[0, 1, 2, 0], [1, 1, 0, 1], [2, 1, 0, 2]], np.int32)
 SEGMENTS = np.asarray([[0, 0, 0, 0], [0, 0, 0, 0], [1, 0, 0, 0]], np.int32)
@@ -72,7 +73,10 @@ def brute_force(cfg, params, alpha):
     return sequences, counted.reshape(rows, -1) / ((5 + length) / 6) ** alpha
 
 
-@pytest.mark.parametrize(("name", "alpha"), [*((name, 1.5) for name in MODELS), ("encoder_decoder", 0.0)])
+@pytest.mark.parametrize(
+    ("name", "alpha"),
+    [("lstm", 1.5), *(pytest.param(*case, marks=pytest.mark.slow) for case in SEARCHED)],
+)
 def test_a_beam_of_all_sequences_finds_the_best(name, alpha):
     """As wide as there are continuations, the search is exhaustive: the best ones, in their order, with their scores."""
     cfg = MODELS[name]

@@ -33,6 +33,7 @@ VOCAB, B, T = 19, 2, 9
 SMALL = Model(vocab_size=VOCAB, num_layers=2, d_model=16, num_heads=4, d_ff=24)
 
 every_variant = pytest.mark.parametrize("experts", VARIANTS.values(), ids=VARIANTS)
+slow = pytest.mark.slow
 
 
 def layer(model: Model, seed: int = 0) -> moe.Params:
@@ -311,10 +312,10 @@ def test_who_looks_ahead_in_training(name, looks_ahead):
     assert (min(moved) < 0) == looks_ahead
 
 
-@every_variant
-def test_decoding_with_a_cache_equals_the_full_pass(experts):
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n == "deepseek" else slow) for n in VARIANTS])
+def test_decoding_with_a_cache_equals_the_full_pass(name):
     """A token's experts are its own affair: neither the batch nor how the prompt was fed changes them."""
-    model = replace(SMALL, experts=experts)
+    model = replace(SMALL, experts=VARIANTS[name])
     params, tokens_BxT = random_params(model), random_tokens()
     expected_BxTxV = run(model, params, tokens_BxT)
     for chunks in [(1,) * T, (4, 4, 1)]:
@@ -395,6 +396,7 @@ def excess(load_CxLxE: np.ndarray) -> float:
 
 
 @pytest.mark.usefixtures("mixed_dtypes")
+@slow
 def test_the_bias_balances_the_experts_and_nothing_else_moves():
     """At learning rate 0 the bias alone may move, and it alone must even out the load (Wang et al. 2024, Algorithm 1)."""
     model = replace(SMALL, experts=Experts(number=8, per_token=2, gate="sigmoid", balance="bias", bias_rate=0.02))
@@ -423,7 +425,7 @@ def test_the_bias_has_no_gradient_and_no_weight():
 
 
 @pytest.mark.usefixtures("mixed_dtypes")
-@pytest.mark.slow
+@slow
 def test_the_balancing_loss_keeps_every_expert_in_use():
     """Without it routers collapse: the experts chosen first learn first, and are chosen more (Shazeer et al. 2017, section 4)."""
     uneven, unused = {}, {}
@@ -439,8 +441,17 @@ def test_the_balancing_loss_keeps_every_expert_in_use():
 # Experts over devices.
 
 
-@pytest.mark.parametrize("factor", [None, 1.0, 0.5])
-@pytest.mark.parametrize("name", ["mixtral", "deepseek"])
+@pytest.mark.parametrize(
+    ("name", "factor"),
+    [
+        ("mixtral", None),
+        ("deepseek", 0.5),
+        *(
+            pytest.param(*case, marks=slow)
+            for case in [("mixtral", 1.0), ("mixtral", 0.5), ("deepseek", None), ("deepseek", 1.0)]
+        ),
+    ],
+)
 def test_experts_over_devices_equal_experts_on_one(name, factor):
     """The all-to-all brings every choice to its expert and back to its token: outputs, gradients, and what the router tells.
 
