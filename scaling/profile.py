@@ -143,6 +143,11 @@ def _search(
         along = np.where(np.isfinite(far_f[a]) & (round_ < 12), along, 0.5)
         between = near_S[a] + along * (np.where(np.isfinite(far_S[a]), far_S[a], 0) - near_S[a])
         distance_S[a] = np.where(np.isfinite(far_S[a]), between, np.minimum(grown, room_S[a]))
+    # A and B in units of a column meet the floor of the search only where an exponent is extreme: an end of the box alone.
+    matrix_PxP, offset_P = affine(found.law, np.ones(len(found.by_K)))
+    in_units_P = (matrix_PxP != np.eye(len(offset_P))).any(1) | (offset_P != 0)
+    floored_SxP = free_SxP & in_units_P & (near_SxP <= lower + 1e-6) & (centre_SxP > lower + 1e-6)
+    end_S[floored_SxP.any(1)] = np.inf
     return (at_S + side_S * end_S).reshape(shape), best_TxP, best_T
 
 
