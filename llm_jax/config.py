@@ -1,4 +1,4 @@
-"""Every setting once: frozen dataclasses, validated, JSON in and out, fingerprinted.
+"""Every setting once: frozen dataclasses, validated. What they share (JSON, overrides, fingerprints) is in settings.py.
 
 Dimension letters in array names, as in `logits_BxTxV` (scaling/ writes parameters and tokens out as n_params, d_tokens):
 
@@ -14,57 +14,15 @@ This module imports nothing heavy, so that `llm-jax --help` answers at once.
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import hashlib
-import json
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Literal
+
+from llm_jax.settings import BadInput, check_types, did_you_mean, fingerprint, require, to_dict
 
 RULE: Literal["rule"] = "rule"
 """A setting that follows N and D by the rules of llm_jax/ladder.py."""
 
 SOURCES = ("stdlib", "files", "pairs", "synthetic", "tfds:NAME")
-T = TypeVar("T")
-
-
-class BadInput(ValueError):
-    """Something the user gave cannot be used. The message is one line: it names the thing and the nearest valid one."""
-
-
-def did_you_mean(name: str, valid: Iterable[str]) -> str:
-    """'; did you mean "x"?' for the closest valid name, or the whole list where none is close."""
-    valid = sorted(valid)
-    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
-    return f'; did you mean "{close[0]}"?' if close else f"; valid: {', '.join(valid)}"
-
-
-def _require(ok: bool, message: str) -> None:
-    if not ok:
-        raise BadInput(message)
-
-
-def _check_types(config: Any, path: str) -> None:
-    """Refuses values that the type of their field does not allow, which would otherwise train something else unnoticed.
-
-    A whole number where a fraction is wanted becomes a float, so that equal settings have equal fingerprints.
-    """
-    for name, hint in get_type_hints(type(config)).items():
-        value = getattr(config, name)
-        options = (hint,) if isinstance(hint, type) or get_origin(hint) in (Literal, tuple) else get_args(hint)
-        choices = [choice for option in options if get_origin(option) is Literal for choice in get_args(option)]
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if float in options and number:
-            object.__setattr__(config, name, float(value))
-        elif get_origin(hint) is tuple:
-            ok = isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
-            _require(ok, f"{path}.{name} must be a list of strings, got {value!r}")
-            object.__setattr__(config, name, tuple(value))
-        elif value not in choices and type(value) not in options:
-            kinds = [kind.__name__ for kind in options if isinstance(kind, type) and kind is not type(None)]
-            hint = f"; must be {' or '.join(kinds + choices)}" if kinds else did_you_mean(str(value), choices)
-            raise BadInput(f'{path}.{name} cannot be "{value}"{hint}')
 
 
 @dataclass(frozen=True)
@@ -102,25 +60,25 @@ class Experts:
     (Lepikhin et al. 2020); evaluation and generation drop nothing."""
 
     def __post_init__(self) -> None:
-        _check_types(self, "model.experts")
+        check_types(self, "model.experts")
         for name in ("number", "shared", "aux_weight", "bias_rate", "z_weight"):
-            _require(getattr(self, name) >= 0, f"model.experts.{name} must not be negative, got {getattr(self, name)}")
+            require(getattr(self, name) >= 0, f"model.experts.{name} must not be negative, got {getattr(self, name)}")
         for name in ("per_token", "granularity", "capacity_factor"):
             value = getattr(self, name)
-            _require(value is None or value > 0, f"model.experts.{name} must be positive, got {value}")
+            require(value is None or value > 0, f"model.experts.{name} must be positive, got {value}")
         if not self.number:
             return
-        _require(
+        require(
             self.per_token <= self.number,
             f"model.experts.per_token={self.per_token} exceeds model.experts.number={self.number}",
         )
         if self.routing == "expert":
-            _require(
+            require(
                 self.balance == "none" and self.capacity_factor is None,
                 "model.experts.routing=expert fills every expert alike: it needs balance=none and no capacity_factor",
             )
         else:
-            _require(
+            require(
                 self.per_token > 1 or not self.normalize,
                 "model.experts.normalize=true makes the one weight of per_token=1 a constant; set it to false",
             )
@@ -190,7 +148,7 @@ class Model:
     """Of the computation; parameters are float32."""
 
     def __post_init__(self) -> None:
-        _check_types(self, "model")
+        check_types(self, "model")
         for name in (
             *(
                 "vocab_size",
@@ -205,21 +163,21 @@ class Model:
             *("window", "rope_theta", "max_context", "logit_softcap"),
         ):
             value = getattr(self, name)
-            _require(value is None or value > 0, f"model.{name} must be positive, got {value}")
-        _require(0 <= self.dropout < 1, f"model.dropout must lie in [0, 1), got {self.dropout}")
+            require(value is None or value > 0, f"model.{name} must be positive, got {value}")
+        require(0 <= self.dropout < 1, f"model.dropout must lie in [0, 1), got {self.dropout}")
         least = 2 if self.family == "feedforward" else 1
-        _require(self.ngram_order >= least, f"model.ngram_order must be at least {least}, got {self.ngram_order}")
+        require(self.ngram_order >= least, f"model.ngram_order must be at least {least}, got {self.ngram_order}")
         if self.attends:
             self._check_attention()
         if self.family == "encoder_decoder":
-            _require(self.window is None, "model.window is of the causal family transformer, not of encoder_decoder")
+            require(self.window is None, "model.window is of the causal family transformer, not of encoder_decoder")
         if self.family == "seq2seq_rnn":
-            _require(
+            require(
                 self.d_model % 2 == 0,
                 f"model.d_model={self.d_model} does not divide among two directions of the encoder; try {self.d_model + 1}",
             )
         if self.experts.number:
-            _require(self.family == "transformer", f"model.experts needs model.family=transformer, got {self.family}")
+            require(self.family == "transformer", f"model.experts needs model.family=transformer, got {self.family}")
             grains = self.experts.granularity
             if self.ff_width % grains:
                 near = max(grain for grain in range(1, grains) if self.ff_width % grain == 0)
@@ -242,12 +200,12 @@ class Model:
                 f"model.num_kv_heads={self.kv_heads} does not divide model.num_heads={self.num_heads}; nearest that does: {fits}"
             )
         if self.positions == "rotary":
-            _require(
+            require(
                 self.head_width % 2 == 0,
                 f"rotary positions need an even head_dim, got {self.head_width}; try {self.head_width + 1}",
             )
         if self.positions == "sinusoidal":
-            _require(
+            require(
                 self.d_model % 2 == 0,
                 f"sinusoidal positions need an even model.d_model, got {self.d_model}; try {self.d_model + 1}",
             )
@@ -311,11 +269,11 @@ class Synthetic:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check_types(self, "data.synthetic")
-        _require(2 <= self.keys <= 26**3, f"data.synthetic.keys must lie in [2, {26**3}], got {self.keys}")
-        _require(self.exponent > 0, f"data.synthetic.exponent must be positive, got {self.exponent}")
-        _require(0 <= self.noise < 1, f"data.synthetic.noise must lie in [0, 1), got {self.noise}")
-        _require(self.documents >= 2, f"data.synthetic.documents must be at least 2, got {self.documents}")
+        check_types(self, "data.synthetic")
+        require(2 <= self.keys <= 26**3, f"data.synthetic.keys must lie in [2, {26**3}], got {self.keys}")
+        require(self.exponent > 0, f"data.synthetic.exponent must be positive, got {self.exponent}")
+        require(0 <= self.noise < 1, f"data.synthetic.noise must lie in [0, 1), got {self.noise}")
+        require(self.documents >= 2, f"data.synthetic.documents must be at least 2, got {self.documents}")
 
 
 @dataclass(frozen=True)
@@ -349,34 +307,34 @@ class Data:
     synthetic: Synthetic = field(default_factory=Synthetic)
 
     def __post_init__(self) -> None:
-        _check_types(self, "data")
+        check_types(self, "data")
         kind = self.source.split(":", 1)[0]
         valid = {name.split(":")[0] for name in SOURCES}
         if kind not in valid or (kind == "tfds") != (":" in self.source) or self.source == "tfds:":
             raise BadInput(f'data.source "{self.source}" is no source{did_you_mean(self.source, SOURCES)}')
         reads_files = self.source in ("files", "pairs")
-        _require(
+        require(
             not reads_files or bool(self.files),
             f"data.source={self.source} needs data.files, for instance 'corpus/*.jsonl.xz'",
         )
-        _require(
+        require(
             reads_files or not self.files,
             f"data.files is only read by data.source=files and pairs, not by {self.source}",
         )
-        _require(self.context >= 2, f"data.context must be at least 2, got {self.context}")
-        _require(
+        require(self.context >= 2, f"data.context must be at least 2, got {self.context}")
+        require(
             0 <= self.prefix < self.context,
             f"data.prefix={self.prefix} must lie in [0, {self.context - 1}]: data.context={self.context} tokens are a row",
         )
         if self.source == "pairs":
-            _require(len(self.pair_fields) == 2, f"data.pair_fields must name two fields, got {len(self.pair_fields)}")
-            _require(
+            require(len(self.pair_fields) == 2, f"data.pair_fields must name two fields, got {len(self.pair_fields)}")
+            require(
                 self.prefix >= 2,
                 f"data.source=pairs needs data.prefix, the room of the source; try {max(2, self.context // 2)}",
             )
-            _require(not self.document_mask, "data.source=pairs has one pair a row: data.document_mask has no meaning")
-        _require(0 < self.val_fraction < 1, f"data.val_fraction must lie in (0, 1), got {self.val_fraction}")
-        _require(
+            require(not self.document_mask, "data.source=pairs has one pair a row: data.document_mask has no meaning")
+        require(0 < self.val_fraction < 1, f"data.val_fraction must lie in (0, 1), got {self.val_fraction}")
+        require(
             self.eval_tokens >= self.context,
             f"data.eval_tokens={self.eval_tokens} is less than one row; at least data.context={self.context}",
         )
@@ -420,7 +378,7 @@ class Train:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check_types(self, "train")
+        check_types(self, "train")
         for name in (
             "tokens",
             "tokens_per_step",
@@ -431,18 +389,18 @@ class Train:
             "clip_norm",
         ):
             value = getattr(self, name)
-            _require(value == RULE or value > 0, f"train.{name} must be positive, got {value}")
-        _require(
+            require(value == RULE or value > 0, f"train.{name} must be positive, got {value}")
+        require(
             self.warmup_steps == RULE or self.warmup_steps >= 0,
             f"train.warmup_steps must not be negative, got {self.warmup_steps}",
         )
         for name in ("weight_decay", "z_loss", "eval_every"):
-            _require(getattr(self, name) >= 0, f"train.{name} must not be negative, got {getattr(self, name)}")
+            require(getattr(self, name) >= 0, f"train.{name} must not be negative, got {getattr(self, name)}")
         for name in ("beta1", "beta2", "label_smoothing"):
-            _require(0 <= getattr(self, name) < 1, f"train.{name} must lie in [0, 1), got {getattr(self, name)}")
-        _require(self.epsilon > 0, f"train.epsilon must be positive, got {self.epsilon}")
-        _require(0 < self.decay_fraction <= 1, f"train.decay_fraction must lie in (0, 1], got {self.decay_fraction}")
-        _require(0 <= self.final_lr <= 1, f"train.final_lr is a share of the peak in [0, 1], got {self.final_lr}")
+            require(0 <= getattr(self, name) < 1, f"train.{name} must lie in [0, 1), got {getattr(self, name)}")
+        require(self.epsilon > 0, f"train.epsilon must be positive, got {self.epsilon}")
+        require(0 < self.decay_fraction <= 1, f"train.decay_fraction must lie in (0, 1], got {self.decay_fraction}")
+        require(0 <= self.final_lr <= 1, f"train.final_lr is a share of the peak in [0, 1], got {self.final_lr}")
 
 
 @dataclass(frozen=True)
@@ -455,26 +413,26 @@ class Config:
 
     def __post_init__(self) -> None:
         if self.data.tokenizer == "bytes":
-            _require(
+            require(
                 self.model.vocab_size >= 256,
                 f"the tokenizer bytes needs model.vocab_size >= 256, got {self.model.vocab_size}",
             )
         context, prefix = self.data.context, self.data.prefix
         if self.model.encodes:
-            _require(
+            require(
                 prefix >= 1,
                 f"model.family={self.model.family} reads data.prefix tokens with its encoder: give it, for instance {context // 2}",
             )
-            _require(
+            require(
                 not self.data.document_mask,
                 f"data.document_mask has no meaning for model.family={self.model.family}, which reads a row as source and target",
             )
         if self.model.counted:
-            _require(
+            require(
                 self.data.source != "pairs", "model.family=ngram counts running text, which data.source=pairs is not"
             )
         if self.model.max_positions is not None:
-            _require(
+            require(
                 (max(prefix, context - prefix) if self.model.encodes else context) <= self.model.max_positions,
                 f"data.context={context} exceeds the learned positions; model.max_context={self.model.max_context}",
             )
@@ -500,62 +458,6 @@ class Config:
     def num_steps(self) -> int:
         """Optimizer steps: D over the batch, rounded, at least one."""
         return max(1, round(int(self.train.tokens) / int(self.train.tokens_per_step)))
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """A dataclass as plain JSON values."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
-
-
-def from_dict(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
-    """The inverse of `to_dict`; an unknown field raises BadInput with the nearest name."""
-    hints = get_type_hints(cls)
-    kwargs = {}
-    for name, value in values.items():
-        if name not in hints:
-            raise BadInput(
-                f'"{path}{name}" names no field of {cls.__name__}{did_you_mean(path + name, [path + hint for hint in hints])}'
-            )
-        if dataclasses.is_dataclass(hints[name]):
-            _require(isinstance(value, Mapping), f'"{path}{name}" must hold fields of its own, got {value!r}')
-            value = from_dict(hints[name], value, f"{path}{name}.")
-        elif isinstance(value, list):
-            value = tuple(value)
-        kwargs[name] = value
-    return cls(**kwargs)
-
-
-def field_names(cls: type, prefix: str = "") -> list[str]:
-    """Dotted names of all leaf fields."""
-    names = []
-    for name, hint in get_type_hints(cls).items():
-        names += field_names(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else [prefix + name]  # type: ignore[arg-type]
-    return names
-
-
-def override(config: T, values: Mapping[str, Any]) -> T:
-    """A copy with fields replaced by dotted name, all at once, so that settings that depend on each other may change together.
-
-    Raises BadInput for a name that is no field, and for whatever the dataclasses refuse.
-    """
-    tree = to_dict(config)
-    valid = field_names(type(config))
-    for name, value in values.items():
-        if name not in valid:
-            raise BadInput(f'"{name}" names no field of {type(config).__name__}{did_you_mean(name, valid)}')
-        *parents, leaf = name.split(".")
-        node = tree
-        for parent in parents:
-            node = node[parent]
-        node[leaf] = value
-    return from_dict(type(config), tree)
-
-
-def fingerprint(value: Any) -> str:
-    """12 hex digits of the SHA-256 of a dataclass or of JSON values: the name of a trial."""
-    if dataclasses.is_dataclass(value):
-        value = to_dict(value)
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def trunk_key(cfg: Config, data_fingerprint: str) -> str:

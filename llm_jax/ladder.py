@@ -16,8 +16,9 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
-from llm_jax.config import RULE, BadInput, Config
+from llm_jax.config import RULE, Config
 from llm_jax.parts import num_params_active
+from llm_jax.settings import BadInput
 
 TOKENS_PER_PARAM = 20
 """Hoffmann et al. 2022, Table 3: compute-optimal for their data; the default horizon where none is given."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from llm_jax.config import BadInput, did_you_mean
+from llm_jax.settings import BadInput, did_you_mean
 from scaling import checks, conventions, frontier, isoflop, laws, ledger, misfit, tables, uncertainty
 from scaling import fit as fitting
 from scaling import intervals as interval_methods

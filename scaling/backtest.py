@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llm_jax.config import BadInput
+from llm_jax.settings import BadInput
 from scaling import laws, tables
 from scaling.extrapolation import predict
 from scaling.fit import prepare

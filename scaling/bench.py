@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from scipy.optimize import minimize
 
-from llm_jax.config import BadInput
+from llm_jax.settings import BadInput
 from scaling import calibrate, solver, tables, uncertainty
 from scaling.fit import Fit, fit, prepare
 from scaling.laws import CHINCHILLA

@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 
-from llm_jax.config import BadInput, did_you_mean
+from llm_jax.settings import BadInput, did_you_mean
 from scaling import laws
 from scaling.fit import fit
 from scaling.profile import profile_ends

@@ -17,7 +17,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_jax.config import BadInput, Config, did_you_mean, fingerprint
+from llm_jax.config import Config
+from llm_jax.settings import BadInput, did_you_mean, fingerprint
 from scaling.options import (
     BacktestOptions,
     BenchOptions,
@@ -269,7 +270,7 @@ def data(options: DataOptions) -> None:
 
 def explain(options: ExplainOptions) -> None:
     """Prints the parts of a model, their sums, and what a run of it costs by each convention."""
-    from llm_jax.config import override
+    from llm_jax.settings import override
     from scaling import explain as explaining
 
     base, _ = chosen_experiment(options)

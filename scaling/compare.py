@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from llm_jax.config import BadInput
+from llm_jax.settings import BadInput
 from scaling.analysis import PRINTED, Analysis, analyse
 from scaling.tables import Table, finite
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_jax import files
-from llm_jax.config import BadInput
+from llm_jax.settings import BadInput
 from scaling import compare, forecast, frontier, intervals, ledger, profile, report, tables
 from scaling.analysis import Analysis, analyse
 from scaling.compare import Comparison

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llm_jax.config import BadInput
+from llm_jax.settings import BadInput
 from scaling import isoflop, laws
 from scaling.fit import Fit, fit
 from scaling.frontier import flops_per_token

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from llm_jax import ladder
-from llm_jax.config import BadInput, Config, Data, Model, Train, did_you_mean, field_names, fingerprint, override
+from llm_jax.config import Config, Data, Model, Train
 from llm_jax.ladder import Ladder
 from llm_jax.parts import num_params_active
+from llm_jax.settings import BadInput, did_you_mean, field_names, fingerprint, override
 from scaling import cost
 
 Point = Mapping[str, Any]

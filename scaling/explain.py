@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from llm_jax import ladder
-from llm_jax.config import BadInput, Config, Model
+from llm_jax.config import Config, Model
 from llm_jax.parts import Part, parts
+from llm_jax.settings import BadInput
 from scaling import cost
 
 

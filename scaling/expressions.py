@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from llm_jax.config import BadInput
+from llm_jax.settings import BadInput
 
 Lookup = Callable[[str], np.ndarray | float]
 """The value of a name: float64 for a number, strings for text."""

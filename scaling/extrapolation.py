@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from llm_jax.config import BadInput
+from llm_jax.settings import BadInput
 from scaling.fit import fit, prepare
 from scaling.laws import COUPLED, Law
 from scaling.solver import Problem, huber, minimise

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from llm_jax.config import BadInput
+from llm_jax.settings import BadInput
 from scaling import drawing, expressions, interactive
 from scaling.drawing import (
     DASHED,

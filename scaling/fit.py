@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from llm_jax.config import BadInput, did_you_mean
+from llm_jax.settings import BadInput, did_you_mean
 from scaling import laws
 from scaling.laws import Law
 from scaling.solver import EXACT, Objective, Problem, minimise, parse_objective

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from llm_jax import files
-from llm_jax.config import BadInput, Config, from_dict, to_dict
+from llm_jax.config import Config
 from llm_jax.ladder import Ladder
+from llm_jax.settings import BadInput, from_dict, to_dict
 from scaling import extrapolation, isoflop, laws, ledger, tables
 from scaling import fit as fitting
 from scaling.experiment import Experiment, Trial, trial

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from llm_jax.config import BadInput
+from llm_jax.settings import BadInput
 from scaling import laws
 from scaling.fit import Fit
 from scaling.tables import Table

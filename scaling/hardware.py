@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from llm_jax.config import BadInput, did_you_mean
+from llm_jax.settings import BadInput, did_you_mean
 
 PEAK_FLOPS = {
     # NVIDIA's data sheets print tensor rates with 2:4 sparsity from Ada and Hopper on; half of that is the dense rate.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llm_jax.config import BadInput, did_you_mean
+from llm_jax.settings import BadInput, did_you_mean
 from scaling import uncertainty
 from scaling.fit import Fit, prepare
 from scaling.profile import profile_ends

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from scipy import interpolate, stats
 
-from llm_jax.config import BadInput
+from llm_jax.settings import BadInput
 from scaling.tables import Table
 
 

@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from llm_jax import files
-from llm_jax.config import BadInput, Config, did_you_mean, from_dict, to_dict, trunk_key
+from llm_jax.config import Config, trunk_key
 from llm_jax.data.prepare import Prepared
+from llm_jax.settings import BadInput, did_you_mean, from_dict, to_dict
 from llm_jax.training.metrics import read_metrics
 from scaling import tables
 from scaling.experiment import DERIVED, Experiment, Trial

@@ -30,7 +30,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy import stats
 
-from llm_jax.config import BadInput
+from llm_jax.settings import BadInput
 from scaling import isoflop, laws
 from scaling.fit import Fit, prepare
 from scaling.intervals import of_fit

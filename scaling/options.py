@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_type_hi
 import tyro
 from tyro.conf import Positional, UseAppendAction, arg
 
-from llm_jax.config import BadInput, Config, Data, Model, Train, did_you_mean, field_names, to_dict
+from llm_jax.config import Config, Data, Model, Train
+from llm_jax.settings import BadInput, did_you_mean, field_names, to_dict
 
 if TYPE_CHECKING:
     from scaling.experiment import Axes, Experiment

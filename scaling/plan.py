@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from llm_jax.config import BadInput
+from llm_jax.settings import BadInput
 from scaling import design, laws, ledger, tables, uncertainty
 from scaling import fit as fitting
 from scaling.fit import Fit

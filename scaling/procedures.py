@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llm_jax.config import BadInput
+from llm_jax.settings import BadInput
 from scaling import isoflop, laws
 from scaling.fit import fit
 from scaling.isoflop import Parabola

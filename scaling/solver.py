@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import special
 
-from llm_jax.config import BadInput
+from llm_jax.settings import BadInput
 from scaling.laws import Law
 
 CHUNK = 400_000  # cells of a Jacobian solved at once: what stays in cache

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from llm_jax.config import BadInput, did_you_mean
+from llm_jax.settings import BadInput, did_you_mean
 from scaling import expressions
 
 TERMINAL_FORMATS = {

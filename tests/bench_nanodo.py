@@ -20,7 +20,7 @@ import numpy as np
 import optax
 
 from llm_jax.config import Model, Train
-from llm_jax.models import transformer
+from llm_jax.models import families
 from llm_jax.parts import num_params
 from llm_jax.training import pretrain
 from llm_jax.training.optimizer import adamw
@@ -36,7 +36,7 @@ def ours(layers: int, width: int, heads: int, tokens: np.ndarray):
     model = Model(num_layers=layers, d_model=width, num_heads=heads, **same)
     cfg = Train()
     call = make_train_call(make_train_step(pretrain.loss_fn(model, Train()), adamw(cfg)), STEPS)
-    state = init_state(transformer.init(model, jax.random.key(0)), adamw(cfg).init, 0)
+    state = init_state(families.init(model, jax.random.key(0)), adamw(cfg).init, 0)
     rates = np.full(STEPS, 1e-3, np.float32)
 
     def round_() -> float:

@@ -9,21 +9,8 @@ import sys
 
 import pytest
 
-from llm_jax.config import (
-    RULE,
-    BadInput,
-    Config,
-    Data,
-    Model,
-    Synthetic,
-    Train,
-    did_you_mean,
-    field_names,
-    fingerprint,
-    from_dict,
-    override,
-    to_dict,
-)
+from llm_jax.config import RULE, Config, Data, Model, Synthetic, Train
+from llm_jax.settings import BadInput, did_you_mean, field_names, fingerprint, from_dict, override, to_dict
 
 CONFIGS = {
     "default": Config(),

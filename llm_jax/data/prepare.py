@@ -22,10 +22,11 @@ from typing import Any
 import numpy as np
 
 from llm_jax import files
-from llm_jax.config import BadInput, Config, Data, fingerprint
+from llm_jax.config import Config, Data
 from llm_jax.data import sources, synthetic, tokenizer
 from llm_jax.data.sources import UNIT
 from llm_jax.data.tokenizer import Tokenizer
+from llm_jax.settings import BadInput, fingerprint
 
 ROW_TOKENS = 2048
 """Tokens of a stored row, less what a context does not divide. Long rows, because reading costs by the row and not by the token."""

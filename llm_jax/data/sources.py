@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llm_jax.config import BadInput, Data, did_you_mean
+from llm_jax.config import Data
+from llm_jax.settings import BadInput, did_you_mean
 
 Documents = Iterator[tuple[str, str]]
 

@@ -12,7 +12,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from llm_jax.config import BadInput
+from llm_jax.settings import BadInput
 
 SAMPLE_CHARACTERS = 20_000_000
 """SentencePiece is trained on this much text from the start of the shuffled documents; its own sampling is not deterministic."""

@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llm_jax.config import BadInput, Config
+from llm_jax.config import Config
 from llm_jax.data.prepare import Prepared
 from llm_jax.data.tokenizer import Tokenizer
 from llm_jax.generation.beam import beam_search
 from llm_jax.generation.sampling import generate
+from llm_jax.settings import BadInput
 from llm_jax.training import loop
 
 ROWS = 64

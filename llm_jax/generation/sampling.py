@@ -9,9 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llm_jax.config import BadInput, Config, Model
+from llm_jax.config import Config, Model
 from llm_jax.data.prepare import Prepared
 from llm_jax.models import families
+from llm_jax.settings import BadInput
 from llm_jax.training import loop
 
 

@@ -12,14 +12,13 @@ count from the source's start, so that padding changes nothing.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from llm_jax.config import BadInput, Model
+from llm_jax.config import Model
 from llm_jax.models.attention import attend
 from llm_jax.models.layers import Norm, normal, normal_out, project
 from llm_jax.models.transformer import MLP, Attention, Block, positions, rotation, sinusoids
@@ -37,6 +36,11 @@ class Cache(NamedTuple):
     length: jax.Array
     visible_BxP: jax.Array | None
     """Where the source is no padding; None: everywhere."""
+
+    @property
+    def room(self) -> int:
+        """Positions that it can keep of the decoder's own tokens."""
+        return self.k_LxBxSxKxH.shape[2]
 
 
 class CrossAttention(nn.Module):
@@ -174,51 +178,10 @@ class EncoderDecoder(nn.Module):
         )
 
 
-def init(cfg: Model, key: jax.Array) -> Params:
-    """See llm_jax.models.families; so the others."""
-    return nn.meta.unbox(_boxed(cfg, key))
-
-
-def _boxed(cfg: Model, key: jax.Array) -> Params:
-    return EncoderDecoder(cfg).init(key, jnp.zeros((1, 2), jnp.int32), None, None, 1)["params"]
-
-
-@functools.lru_cache
-def logical_axes(cfg: Model) -> Params:
-    return nn.get_partition_spec(jax.eval_shape(functools.partial(_boxed, cfg), jax.random.key(0)))
-
-
-def apply(
-    cfg: Model,
-    params: Params,
-    tokens_BxT: jax.Array,
-    segment_BxT: jax.Array | None = None,
-    cache: Cache | None = None,
-    dropout_key: jax.Array | None = None,
-    prefix: int = 0,
-):
-    read = tokens_BxT.shape[1] - prefix
-    if cache is None and not prefix:
-        raise BadInput(
-            f"model.family={cfg.family} reads the first tokens of a row with its encoder: prefix must be 1 or more"
-        )
-    if cache is not None and read > cache.k_LxBxSxKxH.shape[2]:
-        raise BadInput(f"{read} tokens exceed the cache; its decoder has {cache.k_LxBxSxKxH.shape[2]} positions")
-    _check_positions(cfg, max(prefix, read))
-    module = EncoderDecoder(cfg, train=dropout_key is not None)
-    rngs = {"dropout": dropout_key} if dropout_key is not None else {}
-    return module.apply({"params": params}, tokens_BxT, segment_BxT, cache, prefix, rngs=rngs)
-
-
 def init_cache(cfg: Model, batch: int, length: int, prefix: int) -> Cache:
-    _check_positions(cfg, max(prefix, length - prefix))
+    """Zeros, for `batch` rows of at most `length` positions, the first `prefix` of them of the source."""
     own, source = (
         jnp.zeros((cfg.num_layers, batch, positions, cfg.kv_heads, cfg.head_width), cfg.dtype)
         for positions in (length - prefix, prefix)
     )
     return Cache(own, own, source, source, jnp.int32(0), None)
-
-
-def _check_positions(cfg: Model, num_tokens: int) -> None:
-    if cfg.positions == "learned" and num_tokens > cfg.max_context:
-        raise BadInput(f"{num_tokens} tokens exceed the learned positions; model.max_context={cfg.max_context}")

@@ -1,31 +1,65 @@
-"""The families of models behind one interface: training, evaluation and generation call these and never a family by its name."""
+"""The families of models behind one interface: training, evaluation and generation call these and never a family by its name.
+
+A family is a linen module of (tokens_BxT, segment_BxT, cache), and of `prefix` where it has an encoder, and a function for its
+empty cache. An n-gram model is counted, not trained, and has neither parameters nor a module: see ngram.py.
+"""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.sharding import PartitionSpec
 
 from llm_jax.config import Model
 from llm_jax.models import encoder_decoder, feedforward, ngram, recurrent, seq2seq, transformer
+from llm_jax.settings import BadInput
 
 Params = Any
 
-FAMILIES: dict[str, Any] = {
-    "transformer": transformer,
-    "encoder_decoder": encoder_decoder,
-    "lstm": recurrent,
-    "rnn": recurrent,
-    "seq2seq_rnn": seq2seq,
-    "feedforward": feedforward,
-    "ngram": ngram,
+MODULES: dict[str, type[nn.Module]] = {
+    "transformer": transformer.Transformer,
+    "encoder_decoder": encoder_decoder.EncoderDecoder,
+    "lstm": recurrent.Recurrent,
+    "rnn": recurrent.Recurrent,
+    "seq2seq_rnn": seq2seq.Seq2Seq,
+    "feedforward": feedforward.FeedForward,
 }
-"""The module of each `Model.family`, with functions of the same names and arguments as here."""
+CACHES: dict[str, Callable[[Model, int, int, int], Any]] = {
+    "transformer": transformer.init_cache,
+    "encoder_decoder": encoder_decoder.init_cache,
+    "lstm": recurrent.init_cache,
+    "rnn": recurrent.init_cache,
+    "seq2seq_rnn": seq2seq.init_cache,
+    "feedforward": feedforward.init_cache,
+    "ngram": ngram.init_cache,
+}
+
+
+def _module(cfg: Model, train: bool = False) -> Any:
+    return MODULES[cfg.family](cfg, train=train)
+
+
+def _boxed(cfg: Model, key: jax.Array) -> Params:
+    prefix = (1,) if cfg.encodes else ()
+    return _module(cfg).init(key, jnp.zeros((1, 2), jnp.int32), None, None, *prefix)["params"]
 
 
 def init(cfg: Model, key: jax.Array) -> Params:
     """Float32 parameters as a plain tree of arrays; those of the blocks are stacked over layers."""
-    return FAMILIES[cfg.family].init(cfg, key)
+    return ngram.init(cfg) if cfg.counted else nn.meta.unbox(_boxed(cfg, key))
+
+
+@functools.lru_cache
+def logical_axes(cfg: Model) -> Params:
+    """The tree of `init` with a PartitionSpec of logical axis names for each parameter; counts are not sharded."""
+    if cfg.counted:
+        return jax.tree.map(lambda _: PartitionSpec(), ngram.init(cfg))
+    return nn.get_partition_spec(jax.eval_shape(functools.partial(_boxed, cfg), jax.random.key(0)))
 
 
 def apply(
@@ -48,10 +82,18 @@ def apply(
     n-gram model refuses them. A dropout key means training: without one, dropout is off. Raises BadInput for more tokens than the
     model or the cache has positions.
     """
-    if cfg.encodes:
-        return FAMILIES[cfg.family].apply(cfg, params, tokens_BxT, segment_BxT, cache, dropout_key, prefix)
-    out = FAMILIES[cfg.family].apply(cfg, params, tokens_BxT, segment_BxT, cache, dropout_key)
-    if not prefix:
+    if cfg.encodes and cache is None and not prefix:
+        raise BadInput(
+            f"model.family={cfg.family} reads the first tokens of a row with its encoder: prefix must be 1 or more"
+        )
+    _check_room(cfg, tokens_BxT.shape[1], cache, prefix)
+    if cfg.counted:
+        out = ngram.apply(cfg, params, tokens_BxT, segment_BxT, cache)
+    else:
+        rngs = {"dropout": dropout_key} if dropout_key is not None else {}
+        module, read = _module(cfg, train=dropout_key is not None), (prefix,) if cfg.encodes else ()
+        out = module.apply({"params": params}, tokens_BxT, segment_BxT, cache, *read, rngs=rngs)
+    if cfg.encodes or not prefix:
         return out
     return out[:, prefix:] if cache is None else (out[0][:, prefix:], out[1])
 
@@ -67,8 +109,12 @@ def apply_training(
     """(logits_BxTxV, routing): as `apply`, with what the routers of a mixture of experts did, a layer (moe.Routing); else empty."""
     if not cfg.experts.number:
         return apply(cfg, params, tokens_BxT, segment_BxT, None, dropout_key, prefix), {}
-    logits_BxTxV, routing = FAMILIES[cfg.family].apply_routed(cfg, params, tokens_BxT, segment_BxT, dropout_key)
-    return logits_BxTxV[:, prefix:], routing
+    _check_room(cfg, tokens_BxT.shape[1], None, prefix)
+    rngs = {"dropout": dropout_key} if dropout_key is not None else {}
+    logits_BxTxV, sown = _module(cfg, train=True).apply(
+        {"params": params}, tokens_BxT, segment_BxT, None, rngs=rngs, mutable=["routing"]
+    )
+    return logits_BxTxV[:, prefix:], sown["routing"]["blocks"]["mlp"]["sums"]
 
 
 def init_cache(cfg: Model, batch: int, length: int, prefix: int = 0) -> Any:
@@ -76,11 +122,16 @@ def init_cache(cfg: Model, batch: int, length: int, prefix: int = 0) -> Any:
 
     Raises BadInput beyond the positions of the model.
     """
-    if cfg.encodes:
-        return FAMILIES[cfg.family].init_cache(cfg, batch, length, prefix)
-    return FAMILIES[cfg.family].init_cache(cfg, batch, length)
+    _check_room(cfg, length, None, prefix)
+    return CACHES[cfg.family](cfg, batch, length, prefix)
 
 
-def logical_axes(cfg: Model) -> Params:
-    """The tree of `init` with a PartitionSpec of logical axis names for each parameter."""
-    return FAMILIES[cfg.family].logical_axes(cfg)
+def _check_room(cfg: Model, length: int, cache: Any, prefix: int) -> None:
+    """Refuses rows for which the model or the cache has no positions. An encoder and its decoder count from 0 each."""
+    read = length - prefix if cfg.encodes else length
+    most = max(prefix, read) if cfg.encodes else read
+    if cfg.max_positions is not None and most > cfg.max_positions:
+        raise BadInput(f"{most} tokens exceed the learned positions; model.max_context={cfg.max_positions}")
+    room = getattr(cache, "room", None)
+    if room is not None and read > room:
+        raise BadInput(f"{read} tokens exceed the cache; it has {room} positions")

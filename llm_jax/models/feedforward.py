@@ -8,7 +8,6 @@ Dimension letters beside those of config.py: O the tokens that it sees, `ngram_o
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -72,32 +71,6 @@ class FeedForward(nn.Module):
         return logits_BxTxV, Cache(all_Bx_[:, length:])
 
 
-def init(cfg: Model, key: jax.Array) -> Params:
-    """See llm_jax.models.families; so the others."""
-    return nn.meta.unbox(_boxed(cfg, key))
-
-
-def _boxed(cfg: Model, key: jax.Array) -> Params:
-    return FeedForward(cfg).init(key, jnp.zeros((1, 2), jnp.int32), None, None)["params"]
-
-
-@functools.lru_cache
-def logical_axes(cfg: Model) -> Params:
-    return nn.get_partition_spec(jax.eval_shape(functools.partial(_boxed, cfg), jax.random.key(0)))
-
-
-def apply(
-    cfg: Model,
-    params: Params,
-    tokens_BxT: jax.Array,
-    segment_BxT: jax.Array | None = None,
-    cache: Cache | None = None,
-    dropout_key: jax.Array | None = None,
-):
-    module = FeedForward(cfg, train=dropout_key is not None)
-    rngs = {"dropout": dropout_key} if dropout_key is not None else {}
-    return module.apply({"params": params}, tokens_BxT, segment_BxT, cache, rngs=rngs)
-
-
-def init_cache(cfg: Model, batch: int, length: int) -> Cache:
+def init_cache(cfg: Model, batch: int, length: int = 0, prefix: int = 0) -> Cache:
+    """Of the last n - 2 tokens, none of them seen yet; any number of tokens fits."""
     return Cache(jnp.full((batch, cfg.ngram_order - 2), NOTHING, jnp.int32))

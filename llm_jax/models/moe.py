@@ -22,8 +22,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import Mesh, PartitionSpec
 
-from llm_jax.config import BadInput, Experts, Model
+from llm_jax.config import Experts, Model
 from llm_jax.models.layers import activate, normal, normal_out, project
+from llm_jax.settings import BadInput
 
 Params = dict[str, jax.Array]
 Routing = dict[str, jax.Array]

@@ -15,15 +15,15 @@ which are the (k-1)-grams.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 
-from llm_jax.config import BadInput, Model
+from llm_jax.config import Model
 from llm_jax.models.feedforward import NOTHING, Cache
+from llm_jax.settings import BadInput
 
 FALLBACK = (0.5, 1.0, 1.5)
 """D_1, D_2 and D_3+ where the counts of counts leave them undefined or out of range, as among the 256 unigrams of bytes."""
@@ -200,14 +200,9 @@ def load(path: Path) -> Params:
         )
 
 
-def init(cfg: Model, key: jax.Array) -> Params:
-    """Before anything is counted: every token is as likely as any other. See llm_jax.models.families; so the others."""
+def init(cfg: Model) -> Params:
+    """Before anything is counted: every token is as likely as any other."""
     return count(cfg, np.zeros((1, 1), np.int32))
-
-
-def logical_axes(cfg: Model) -> Any:
-    """Counts are not sharded."""
-    return jax.tree.map(lambda _: PartitionSpec(), init(cfg, jax.random.key(0)))
 
 
 def apply(
@@ -216,9 +211,8 @@ def apply(
     tokens_BxT: jax.Array,
     segment_BxT: jax.Array | None = None,
     cache: Cache | None = None,
-    dropout_key: jax.Array | None = None,
 ):
-    """Log-probabilities for logits, by NumPy on the host whatever the device; there is no gradient, and no dropout."""
+    """Log-probabilities for logits, by NumPy on the host whatever the device; there is no gradient."""
     if cache is not None and segment_BxT is not None:
         raise BadInput("the cache of an n-gram model holds rows of one document each: no segments with it")
     length = tokens_BxT.shape[1]
@@ -233,6 +227,6 @@ def apply(
     return logits_BxTxV if cache is None else (logits_BxTxV, Cache(all_Bx_[:, length:]))
 
 
-def init_cache(cfg: Model, batch: int, length: int) -> Cache:
+def init_cache(cfg: Model, batch: int, length: int = 0, prefix: int = 0) -> Cache:
     """Of the last n - 2 tokens: with the next one they are all that the model sees."""
     return Cache(jnp.full((batch, max(0, cfg.ngram_order - 2)), NOTHING, jnp.int32))

@@ -174,34 +174,7 @@ def document_starts(segment_BxT: jax.Array | None) -> jax.Array | None:
     return keep_BxT.T[:, :, None].astype(jnp.float32)
 
 
-def init(cfg: Model, key: jax.Array) -> Params:
-    """See llm_jax.models.families; so the others."""
-    return nn.meta.unbox(_boxed(cfg, key))
-
-
-def _boxed(cfg: Model, key: jax.Array) -> Params:
-    return Recurrent(cfg).init(key, jnp.zeros((1, 2), jnp.int32), None, None)["params"]
-
-
-@functools.lru_cache
-def logical_axes(cfg: Model) -> Params:
-    return nn.get_partition_spec(jax.eval_shape(functools.partial(_boxed, cfg), jax.random.key(0)))
-
-
-def apply(
-    cfg: Model,
-    params: Params,
-    tokens_BxT: jax.Array,
-    segment_BxT: jax.Array | None = None,
-    cache: Cache | None = None,
-    dropout_key: jax.Array | None = None,
-):
-    module = Recurrent(cfg, train=dropout_key is not None)
-    rngs = {"dropout": dropout_key} if dropout_key is not None else {}
-    return module.apply({"params": params}, tokens_BxT, segment_BxT, cache, rngs=rngs)
-
-
-def init_cache(cfg: Model, batch: int, length: int) -> Cache:
+def init_cache(cfg: Model, batch: int, length: int = 0, prefix: int = 0) -> Cache:
     """Zeros. A state has no length: any number of tokens fits."""
     shape = (cfg.num_layers, batch, cfg.d_model)
     return Cache(jnp.zeros(shape, cfg.dtype), jnp.zeros(shape, jnp.float32) if cfg.family == "lstm" else None)

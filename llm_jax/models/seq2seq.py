@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from llm_jax.config import BadInput, Model
+from llm_jax.config import Model
 from llm_jax.models.layers import Norm, normal, project
 from llm_jax.models.recurrent import Layer, document_starts, forget_bias, lstm_cell, orthogonal, unroll
 
@@ -193,38 +193,6 @@ class Seq2Seq(nn.Module):
         if cache is None:
             return logits_BxTxV
         return logits_BxTxV, Cache(h_LxBxD, c_LxBxD, source_BxPxD, keys_BxPxD, visible_BxP)
-
-
-def init(cfg: Model, key: jax.Array) -> Params:
-    """See llm_jax.models.families; so the others."""
-    return nn.meta.unbox(_boxed(cfg, key))
-
-
-def _boxed(cfg: Model, key: jax.Array) -> Params:
-    return Seq2Seq(cfg).init(key, jnp.zeros((1, 2), jnp.int32), None, None, 1)["params"]
-
-
-@functools.lru_cache
-def logical_axes(cfg: Model) -> Params:
-    return nn.get_partition_spec(jax.eval_shape(functools.partial(_boxed, cfg), jax.random.key(0)))
-
-
-def apply(
-    cfg: Model,
-    params: Params,
-    tokens_BxT: jax.Array,
-    segment_BxT: jax.Array | None = None,
-    cache: Cache | None = None,
-    dropout_key: jax.Array | None = None,
-    prefix: int = 0,
-):
-    if cache is None and not prefix:
-        raise BadInput(
-            f"model.family={cfg.family} reads the first tokens of a row with its encoder: prefix must be 1 or more"
-        )
-    module = Seq2Seq(cfg, train=dropout_key is not None)
-    rngs = {"dropout": dropout_key} if dropout_key is not None else {}
-    return module.apply({"params": params}, tokens_BxT, segment_BxT, cache, prefix, rngs=rngs)
 
 
 def init_cache(cfg: Model, batch: int, length: int, prefix: int) -> Cache:

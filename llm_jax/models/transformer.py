@@ -1,4 +1,4 @@
-"""The decoder-only Transformer: Flax modules, and the pure functions `init`, `apply` and `init_cache` that others see.
+"""The decoder-only Transformer: its Flax modules and its cache of keys and values.
 
 Parameters carry logical axis names ("vocab", "positions", "embed", "heads", "kv", "head", "mlp", "layers"). Those of
 the blocks are stacked over layers whether the layers are scanned or unrolled, so that a checkpoint does not know which
@@ -7,17 +7,16 @@ of the two trained it.
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from llm_jax.config import BadInput, Model
+from llm_jax.config import Model
 from llm_jax.models.attention import attend
 from llm_jax.models.layers import Norm, activate, normal, normal_out, project
-from llm_jax.models.moe import Mixture, Routing
+from llm_jax.models.moe import Mixture
 
 Params = Any
 
@@ -30,6 +29,11 @@ class Cache(NamedTuple):
     length: jax.Array
     start_B: jax.Array | None = None
     """Where the document begins that each row continues; nothing before is seen. None: with the row."""
+
+    @property
+    def room(self) -> int:
+        """Positions that it can keep."""
+        return self.k_LxBxSxKxH.shape[2]
 
 
 def rotation(positions_BxT: jax.Array, cfg: Model) -> tuple[jax.Array, jax.Array]:
@@ -138,7 +142,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The whole model as a linen module; code outside of this file sees `init`, `apply` and `init_cache` below."""
+    """The whole model as a linen module; training and generation see it through llm_jax/models/families.py."""
 
     cfg: Model
     train: bool = False
@@ -206,69 +210,7 @@ def positions(tokens_BxT: jax.Array, segment_BxT: jax.Array | None, length: jax.
     return index_BxT - jax.lax.cummax(jnp.where(starts_BxT, index_BxT, 0), axis=1)
 
 
-def init(cfg: Model, key: jax.Array) -> Params:
-    """Float32 parameters as a plain tree of arrays."""
-    return nn.meta.unbox(_boxed(cfg, key))
-
-
-def _boxed(cfg: Model, key: jax.Array) -> Params:
-    return Transformer(cfg).init(key, jnp.zeros((1, 2), jnp.int32))["params"]
-
-
-@functools.lru_cache
-def logical_axes(cfg: Model) -> Params:
-    """The same tree with a PartitionSpec of logical axis names for each parameter."""
-    return nn.get_partition_spec(jax.eval_shape(functools.partial(_boxed, cfg), jax.random.key(0)))
-
-
-def apply(
-    cfg: Model,
-    params: Params,
-    tokens_BxT: jax.Array,
-    segment_BxT: jax.Array | None = None,
-    cache: Cache | None = None,
-    dropout_key: jax.Array | None = None,
-):
-    """Logits for the token after each position: `logits_BxTxV`, float32; with a cache, `(logits_BxTxV, cache)`.
-
-    Rows of `segment_BxT` number the documents packed into a row; positions attend within their own. With a cache the
-    tokens continue it; that they still fit is the caller's count. Segments go with the first tokens of a cache, which then
-    continues the last document of each row. A dropout key means training: without one, dropout is off. Raises BadInput for
-    more tokens than the cache or the learned positions hold.
-    """
-    num_tokens = _checked_tokens(cfg, tokens_BxT)
-    if cache is not None and num_tokens > cache.k_LxBxSxKxH.shape[2]:
-        raise BadInput(f"{num_tokens} tokens exceed the cache; it has {cache.k_LxBxSxKxH.shape[2]} positions")
-    module = Transformer(cfg, train=dropout_key is not None)
-    rngs = {"dropout": dropout_key} if dropout_key is not None else {}
-    return module.apply({"params": params}, tokens_BxT, segment_BxT, cache, rngs=rngs)
-
-
-def apply_routed(
-    cfg: Model,
-    params: Params,
-    tokens_BxT: jax.Array,
-    segment_BxT: jax.Array | None = None,
-    dropout_key: jax.Array | None = None,
-) -> tuple[jax.Array, Routing]:
-    """`apply` in training, for a mixture of experts: the logits, and `Routing` of each layer, stacked over L."""
-    _checked_tokens(cfg, tokens_BxT)
-    rngs = {"dropout": dropout_key} if dropout_key is not None else {}
-    module = Transformer(cfg, train=True)
-    logits_BxTxV, sown = module.apply({"params": params}, tokens_BxT, segment_BxT, None, rngs=rngs, mutable=["routing"])
-    return logits_BxTxV, sown["routing"]["blocks"]["mlp"]["sums"]
-
-
-def _checked_tokens(cfg: Model, tokens_BxT: jax.Array) -> int:
-    num_tokens = tokens_BxT.shape[1]
-    if cfg.positions == "learned" and num_tokens > cfg.max_context:
-        raise BadInput(f"{num_tokens} tokens exceed the learned positions; model.max_context={cfg.max_context}")
-    return num_tokens
-
-
-def init_cache(cfg: Model, batch: int, length: int) -> Cache:
-    """An empty cache for `batch` rows of at most `length` positions. Raises BadInput beyond the learned positions."""
-    if cfg.positions == "learned" and length > cfg.max_context:
-        raise BadInput(f"a cache of {length} exceeds the learned positions; model.max_context={cfg.max_context}")
+def init_cache(cfg: Model, batch: int, length: int, prefix: int = 0) -> Cache:
+    """Zeros, for `batch` rows of at most `length` positions."""
     shape = (cfg.num_layers, batch, length, cfg.kv_heads, cfg.head_width)
     return Cache(jnp.zeros(shape, cfg.dtype), jnp.zeros(shape, cfg.dtype), jnp.int32(0))

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from llm_jax.config import BadInput, did_you_mean
+from llm_jax.settings import BadInput, did_you_mean
 from scaling.laws import dense, downstream, moe
 from scaling.laws.law import FLOOR, Law, Parameter, by_function, exponent, fraction, law, positive, scale
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from scipy import special
 
-from llm_jax.config import BadInput
+from llm_jax.settings import BadInput
 
 Array = np.ndarray
 

@@ -6,9 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from llm_jax.config import BadInput, Config, Data, Model
+from llm_jax.config import Config, Data, Model
 from llm_jax.data import pipeline, prepare, rows
 from llm_jax.generation import pairs
+from llm_jax.settings import BadInput
 
 CONTEXT, PREFIX = 48, 20
 

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import zstandard
 
-from llm_jax.config import BadInput, Config, Data, Model, override
+from llm_jax.config import Config, Data, Model
 from llm_jax.data import prepare, rows, sources
+from llm_jax.settings import BadInput, override
 
 
 def config(pattern, **data):

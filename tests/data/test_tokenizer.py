@@ -6,8 +6,8 @@ import sys
 import numpy as np
 import pytest
 
-from llm_jax.config import BadInput
 from llm_jax.data import tokenizer
+from llm_jax.settings import BadInput
 
 TEXTS = [
     "def f(x):\n\treturn  x ** 2  # two  spaces\n",

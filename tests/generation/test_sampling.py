@@ -7,14 +7,14 @@ import pytest
 
 from llm_jax.config import Model
 from llm_jax.generation import sampling
-from llm_jax.models import transformer
+from llm_jax.models import families
 
 MODEL = Model(num_layers=2, d_model=16, num_heads=2, vocab_size=32)
 
 
 @pytest.fixture(scope="module")
 def params():
-    zeros_too = transformer.init(MODEL, jax.random.key(0))
+    zeros_too = families.init(MODEL, jax.random.key(0))
     return jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), zeros_too)
 
 
@@ -24,7 +24,7 @@ def test_greedy_tokens_are_those_of_the_full_forward_pass(params):
     fast = sampling.generate(MODEL, params, jnp.asarray(prompt), jax.random.key(0), num_tokens=12, temperature=0)
     text = prompt
     for _ in range(12):
-        logits = transformer.apply(MODEL, params, jnp.asarray(text))
+        logits = families.apply(MODEL, params, jnp.asarray(text))
         text = np.concatenate([text, np.asarray(logits[:, -1].argmax(-1), np.int32)[:, None]], axis=1)
     np.testing.assert_array_equal(fast, text[:, 3:])
 

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from llm_jax.config import BadInput, Config, Data, Model
+from llm_jax.config import Config, Data, Model
 from llm_jax.generation import sampling
 from llm_jax.models import families
+from llm_jax.settings import BadInput
 
 VOCAB, B, T, P = 17, 2, 9, 4
 BASE = Model(vocab_size=VOCAB, num_layers=2, d_model=16, d_ff=24)

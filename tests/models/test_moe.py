@@ -13,9 +13,10 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from llm_jax import parts
-from llm_jax.config import BadInput, Experts, Model, Train
+from llm_jax.config import Experts, Model, Train
 from llm_jax.models import families, moe
 from llm_jax.models.moe import mixture
+from llm_jax.settings import BadInput
 from llm_jax.training import pretrain
 from llm_jax.training.losses import routing_loss
 from llm_jax.training.optimizer import adamw

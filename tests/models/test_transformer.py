@@ -14,9 +14,11 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from llm_jax import parts
-from llm_jax.config import BadInput, Model
+from llm_jax.config import Model
 from llm_jax.models import transformer
-from llm_jax.models.transformer import Cache, apply, init, init_cache, logical_axes
+from llm_jax.models.families import apply, init, init_cache, logical_axes
+from llm_jax.models.transformer import Cache
+from llm_jax.settings import BadInput
 
 VOCAB, B, T = 19, 2, 9
 BASE = Model(vocab_size=VOCAB, num_layers=2, d_model=16, num_heads=4, d_ff=24, max_context=16)

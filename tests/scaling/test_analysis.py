@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from simulated import TRUTH, chinchilla, runs
 
-from llm_jax.config import BadInput
+from llm_jax.settings import BadInput
 from scaling import report
 from scaling.analysis import analyse
 from scaling.content import of_analysis

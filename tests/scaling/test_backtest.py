@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from simulated import CHINCHILLA, chinchilla, runs
 
-from llm_jax.config import BadInput
+from llm_jax.settings import BadInput
 from scaling import cli, laws, tables
 from scaling.backtest import backtest
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from llm_jax.config import BadInput
+from llm_jax.settings import BadInput
 from scaling import calibrate, cli
 from scaling.calibrate import DESIGNS, EXPONENTS, TRUTHS, Design, chosen, columns, describe, intervals, simulate
 from scaling.profile import profile_ends

@@ -2,7 +2,8 @@
 
 import pytest
 
-from llm_jax.config import Config, to_dict
+from llm_jax.config import Config
+from llm_jax.settings import to_dict
 from scaling import checklist
 
 TRIALS = [

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from simulated import TRUTH, chinchilla, runs
 
-from llm_jax.config import BadInput
+from llm_jax.settings import BadInput
 from scaling import cli, compare, comparison_figures, content, drawing, report, tables
 from scaling.tables import Table
 

@@ -3,9 +3,10 @@
 import pytest
 
 from llm_jax import ladder
-from llm_jax.config import BadInput, Config, Data, Model, Train, override
+from llm_jax.config import Config, Data, Model, Train
 from llm_jax.ladder import Ladder
 from llm_jax.parts import num_params
+from llm_jax.settings import BadInput, override
 from scaling import experiment
 from scaling.experiment import Experiment, axis, chain, isoflop, product, zipped
 

@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 from simulated import CHINCHILLA, chinchilla, runs
 
-from llm_jax.config import BadInput
+from llm_jax.settings import BadInput
 from scaling.extrapolation import predict, prediction_interval
 from scaling.fit import fit
 from scaling.tables import Table

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 from simulated import CHINCHILLA, TRUTH, chinchilla, runs
 
-from llm_jax.config import BadInput
+from llm_jax.settings import BadInput
 from scaling.fit import fit
 from scaling.solver import parse_objective
 from scaling.tables import Table

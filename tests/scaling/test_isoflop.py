@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from llm_jax.config import BadInput
+from llm_jax.settings import BadInput
 from scaling.isoflop import budgets, frontier, parabolas
 from scaling.tables import Table
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from simulated import CHINCHILLA, TRUTH, chinchilla
 
-from llm_jax.config import BadInput
+from llm_jax.settings import BadInput
 from scaling import laws
 from scaling.fit import GRADES, fit, optimum, prepare
 from scaling.laws import LAWS, dual

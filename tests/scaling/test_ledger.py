@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from llm_jax.config import BadInput, Config, Data, Model, Train, override, to_dict
+from llm_jax.config import Config, Data, Model, Train
 from llm_jax.data import prepare
+from llm_jax.settings import BadInput, override, to_dict
 from scaling import experiment, launch, ledger
 from scaling.experiment import Experiment, axis, product
 
@@ -156,7 +157,8 @@ def test_trunks_save_compute_and_change_nothing(small, tmp_path):
 SWEEP = """
 import json, sys
 from pathlib import Path
-from llm_jax.config import Config, from_dict
+from llm_jax.config import Config
+from llm_jax.settings import from_dict
 from llm_jax.data import prepare
 from scaling import launch, ledger
 folder = Path(sys.argv[1])

@@ -7,7 +7,7 @@ import pytest
 import simulated
 from simulated import CHINCHILLA
 
-from llm_jax.config import BadInput
+from llm_jax.settings import BadInput
 from scaling import calibrate, laws, misfit, tables
 from scaling.fit import fit
 from scaling.isoflop import parabolas

@@ -11,7 +11,7 @@ import pytest
 from scipy import optimize
 from simulated import CHINCHILLA, TRUTH, chinchilla, runs
 
-from llm_jax.config import BadInput
+from llm_jax.settings import BadInput
 from scaling import cli, design, hardware, laws, plan, tables, uncertainty
 from scaling.fit import fit
 from scaling.tables import Table

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from simulated import TRUTH, chinchilla
 
-from llm_jax.config import BadInput
+from llm_jax.settings import BadInput
 from scaling.analysis import analyse
 from scaling.isoflop import akima, parabolas
 from scaling.procedures import PROCEDURES

@@ -6,7 +6,7 @@ from scipy import stats
 from scipy.optimize import brentq, minimize
 from simulated import CHINCHILLA, chinchilla, runs
 
-from llm_jax.config import BadInput
+from llm_jax.settings import BadInput
 from scaling import laws
 from scaling.fit import fit
 from scaling.intervals import METHODS, intervals, of_fit, parse_ci

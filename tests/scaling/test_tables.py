@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from llm_jax.config import BadInput
+from llm_jax.settings import BadInput
 from scaling import tables
 
 CSV = """N_params,D_tokens,loss,status,note

@@ -11,9 +11,10 @@ import jax
 import numpy as np
 import pytest
 
-from llm_jax.config import BadInput, Config, Data, Model, Train, override
+from llm_jax.config import Config, Data, Model, Train
 from llm_jax.data import prepare
 from llm_jax.generation import pairs, sampling
+from llm_jax.settings import BadInput, override
 from llm_jax.training import loop, metrics
 
 pytestmark = pytest.mark.usefixtures("mixed_dtypes")
@@ -65,7 +66,8 @@ def test_a_run_cut_and_started_again_has_the_same_bits(cfg, tmp_path, stop_at):
 RUN = """
 import sys, time
 from pathlib import Path
-from llm_jax.config import Config, from_dict
+from llm_jax.config import Config
+from llm_jax.settings import from_dict
 from llm_jax.data import prepare
 from llm_jax.generation import sampling
 from llm_jax.training import loop
@@ -82,7 +84,7 @@ def test_kill_9_in_the_middle_of_a_run(cfg, tmp_path):
     """The kill falls wherever it falls: between steps, or into a checkpoint that is being written."""
     import json
 
-    from llm_jax.config import to_dict
+    from llm_jax.settings import to_dict
 
     prepared = prepare.prepare(cfg)
     command = [sys.executable, "-c", RUN, json.dumps(to_dict(cfg)), str(tmp_path / "killed")]

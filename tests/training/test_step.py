@@ -10,7 +10,7 @@ import pytest
 
 from llm_jax.config import Data, Model, Train
 from llm_jax.data.pipeline import EvalSet
-from llm_jax.models import transformer
+from llm_jax.models import families
 from llm_jax.training import losses, pretrain
 from llm_jax.training.optimizer import adamw
 from llm_jax.training.step import init_state, make_train_call, make_train_step
@@ -28,7 +28,7 @@ TWO_BYTES: Any = SimpleNamespace(bos=0, pad=31, token_bytes=lambda: np.full(32, 
 
 
 def fresh(cfg):
-    return init_state(transformer.init(MODEL, jax.random.key(0)), adamw(cfg).init, 0)
+    return init_state(families.init(MODEL, jax.random.key(0)), adamw(cfg).init, 0)
 
 
 def test_cross_entropy_against_numpy():
@@ -71,7 +71,7 @@ def test_accumulated_microbatches_equal_one_batch():
     weights = np.linspace(0, 1, 8).astype(np.float32)
 
     def loss(params, batch, key):
-        logits = transformer.apply(MODEL, params, batch["tokens"][:, :-1])
+        logits = families.apply(MODEL, params, batch["tokens"][:, :-1])
         rows = jnp.broadcast_to(batch["weight"][:, None], (len(batch["tokens"]), 8))
         return losses.cross_entropy(logits, batch["tokens"][:, 1:], rows)
 
@@ -123,13 +123,13 @@ def test_training_learns_and_dropout_draws_anew_each_step():
     cfg = Train()
     data = {"tokens": np.tile(np.arange(9, dtype=np.int32), (60, 4, 1))}
     step = make_train_step(pretrain.loss_fn(model, Train()), adamw(cfg))
-    state = init_state(transformer.init(model, jax.random.key(0)), adamw(cfg).init, 0)
+    state = init_state(families.init(model, jax.random.key(0)), adamw(cfg).init, 0)
     _, metrics = make_train_call(step, 60)(state, data, np.full(60, 1e-2, np.float32), 60)
     losses_C = np.asarray(metrics["nll"])
     assert losses_C[0] > 3
     assert losses_C[-5:].mean() < 0.5
     still = make_train_call(step, 60)(
-        init_state(transformer.init(model, jax.random.key(0)), adamw(cfg).init, 0), data, np.zeros(60, np.float32), 60
+        init_state(families.init(model, jax.random.key(0)), adamw(cfg).init, 0), data, np.zeros(60, np.float32), 60
     )[1]["nll"]
     assert len(set(np.asarray(still).tolist())) > 50, "at rate 0 only the dropout masks differ between steps"
 
@@ -138,9 +138,9 @@ def test_evaluation_counts_every_row_once_and_its_error_is_by_document():
     """A padded last batch must not enter, and the error must be the cluster formula's."""
     rng = np.random.default_rng(0)
     held = EvalSet(rng.integers(0, 32, (21, 9)).astype(np.int32), np.repeat([0, 1, 2, 3, 4, 5, 6], 3))
-    params = transformer.init(MODEL, jax.random.key(1))
+    params = families.init(MODEL, jax.random.key(1))
     found = pretrain.evaluate(MODEL, params, held, TWO_BYTES, Data())
-    logits = np.asarray(transformer.apply(MODEL, params, held.tokens_BxT[:, :-1]), np.float64)
+    logits = np.asarray(families.apply(MODEL, params, held.tokens_BxT[:, :-1]), np.float64)
     picked = np.take_along_axis(logits, held.tokens_BxT[:, 1:, None], -1)[..., 0]
     nll = np.log(np.exp(logits).sum(-1)) - picked
     assert found.loss == pytest.approx(nll.mean(), rel=1e-5)
@@ -153,10 +153,10 @@ def test_the_prefix_is_not_scored():
     """Trained and evaluated on the same targets, those after the prefix, whatever the family; padding of pairs weighs nothing."""
     rng = np.random.default_rng(0)
     rows = rng.integers(1, 30, (5, 9)).astype(np.int32)
-    held, params = EvalSet(rows, np.arange(5)), transformer.init(MODEL, jax.random.key(1))
+    held, params = EvalSet(rows, np.arange(5)), families.init(MODEL, jax.random.key(1))
 
     def scored(data, mask_BxT, segment_BxT=None):
-        logits = np.asarray(transformer.apply(MODEL, params, rows[:, :-1], segment_BxT), np.float64)
+        logits = np.asarray(families.apply(MODEL, params, rows[:, :-1], segment_BxT), np.float64)
         nll = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, rows[:, 1:, None], -1)[..., 0]
         expected = (nll * mask_BxT).sum() / mask_BxT.sum()
         found = pretrain.evaluate(MODEL, params, held, TWO_BYTES, data)
