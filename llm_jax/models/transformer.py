@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from llm_jax.config import Model
-from llm_jax.models.attention import attend
+from llm_jax.models.attention import attend, attend_window
 from llm_jax.models.layers import Norm, activate, normal, normal_out, project
 from llm_jax.models.moe import Mixture
 
@@ -58,6 +58,11 @@ def sinusoids(positions_BxT: jax.Array, width: int) -> jax.Array:
     return jnp.concatenate([jnp.sin(angle_BxTxD), jnp.cos(angle_BxTxD)], axis=-1)
 
 
+def keep_for_maps(module: nn.Module, q_BxTxNxH: jax.Array, k_BxSxKxH: jax.Array) -> None:
+    """Sows queries and keys in the collection "attention" where a caller makes it mutable, as maps.py does; else for nothing."""
+    module.sow("attention", "queries_keys", (q_BxTxNxH, k_BxSxKxH), init_fn=lambda: None, reduce_fn=lambda _, new: new)
+
+
 class Attention(nn.Module):
     """Grouped-query attention (Ainslie et al. 2023); multi-head when K == N, multi-query when K == 1."""
 
@@ -84,16 +89,21 @@ class Attention(nn.Module):
             k_BxTxKxH = jax.lax.dynamic_update_slice_in_dim(cache[0], k_BxTxKxH, length, axis=1)
             v_BxTxKxH = jax.lax.dynamic_update_slice_in_dim(cache[1], v_BxTxKxH, length, axis=1)
             cache = (k_BxTxKxH, v_BxTxKxH)
-        y_BxTxNxH = attend(
-            q_BxTxNxH,
-            k_BxTxKxH,
-            v_BxTxKxH,
-            window=cfg.window,
-            segment_BxT=segment_BxT,
-            offset=length if cache else None,
-            causal=self.causal,
-            visible_BxS=visible_BxS,
-        )
+        keep_for_maps(self, q_BxTxNxH, k_BxTxKxH)
+        T, whole_row = q_BxTxNxH.shape[1], cache is None and visible_BxS is None
+        if whole_row and cfg.window and T > 2 * cfg.window and T % cfg.window == 0:
+            y_BxTxNxH = attend_window(q_BxTxNxH, k_BxTxKxH, v_BxTxKxH, window=cfg.window, segment_BxT=segment_BxT)
+        else:
+            y_BxTxNxH = attend(
+                q_BxTxNxH,
+                k_BxTxKxH,
+                v_BxTxKxH,
+                window=cfg.window,
+                segment_BxT=segment_BxT,
+                offset=length if cache else None,
+                causal=self.causal,
+                visible_BxS=visible_BxS,
+            )
         return project(y_BxTxNxH, out_NxHxD, 2), cache
 
 
@@ -174,7 +184,7 @@ class Transformer(nn.Module):
         x_BxTxD = nn.Dropout(cfg.dropout, deterministic=not self.train)(x_BxTxD)
         layers = nn.scan(
             Block,
-            variable_axes={"params": 0, "routing": 0},
+            variable_axes={"params": 0, "routing": 0, "attention": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(0 if cache is not None else nn.broadcast, *4 * (nn.broadcast,)),
             length=cfg.num_layers,
