@@ -87,7 +87,10 @@ def attention_plot(maps: Sequence[Map], text: str) -> Plot:
     bar.ax.set_yticklabels([f"{tick:g}" for tick in bar.get_ticks()])
     bar.ax.grid(False)
     bar.ax.tick_params(length=2, labelsize=7)
-    caption = "Share of attention of each token (a row) to those it looks at (columns); colour as its square root; grey: masked."
+    caption = (
+        "Share of the attention of each token read (a row, which adds up to 1) that goes to each token it looks at (a column); "
+        "colours follow its square root, and grey is masked."
+    )
     return Plot("attention", "Attention maps", caption, figure, [], wide=True)
 
 

@@ -22,7 +22,7 @@ from llm_jax.data.tokenizer import Tokenizer
 from llm_jax.generation.pairs import transduce
 from llm_jax.models import families
 from llm_jax.models.attention import attention_mask
-from llm_jax.settings import BadInput, require
+from llm_jax.settings import require
 from llm_jax.training import loop
 
 MOST_TOKENS = 256

@@ -90,8 +90,8 @@ class Attention(nn.Module):
             v_BxTxKxH = jax.lax.dynamic_update_slice_in_dim(cache[1], v_BxTxKxH, length, axis=1)
             cache = (k_BxTxKxH, v_BxTxKxH)
         keep_for_maps(self, q_BxTxNxH, k_BxTxKxH)
-        T, whole_row = q_BxTxNxH.shape[1], cache is None and visible_BxS is None
-        if whole_row and cfg.window and T > 2 * cfg.window and T % cfg.window == 0:
+        row, whole = q_BxTxNxH.shape[1], cache is None and visible_BxS is None
+        if whole and cfg.window and row > 2 * cfg.window and row % cfg.window == 0:
             y_BxTxNxH = attend_window(q_BxTxNxH, k_BxTxKxH, v_BxTxKxH, window=cfg.window, segment_BxT=segment_BxT)
         else:
             y_BxTxNxH = attend(

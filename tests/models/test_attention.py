@@ -122,7 +122,9 @@ def test_bfloat16_stays_within_its_rounding():
 
 
 # Uneven documents: ends inside of blocks, at their edges and across several; one id comes back, which no packer writes.
-UNEVEN_BxT = np.array([np.repeat([1, 2, 3, 4, 5], [1, 9, 2, 4, 8]), np.repeat([7, 8, 7, 0, 9], [4, 4, 5, 10, 1])], np.int32)
+UNEVEN_BxT = np.array(
+    [np.repeat([1, 2, 3, 4, 5], [1, 9, 2, 4, 8]), np.repeat([7, 8, 7, 0, 9], [4, 4, 5, 10, 1])], np.int32
+)
 
 
 @pytest.mark.parametrize("segment_BxT", [None, UNEVEN_BxT], ids=["no segments", "uneven documents"])
