@@ -53,7 +53,8 @@ def attention_plot(maps: Sequence[Map], text: str) -> Plot:
     heights = [_height(one, cell) + TITLE + below for one in maps]
     height = top + sum(heights)
     figure = Figure(figsize=(width, height))
-    scale = ScalarMappable(PowerNorm(0.5, 0, 1), colormaps["Blues"].with_extremes(bad=MASKED))
+    norm, colors = PowerNorm(0.5, 0, 1), colormaps["Blues"].with_extremes(bad=MASKED)
+    scale = ScalarMappable(norm, colors)
 
     def panel(x: float, y: float, wide: float, high: float) -> Axes:
         """Inches from the left and from the top."""
@@ -69,7 +70,7 @@ def attention_plot(maps: Sequence[Map], text: str) -> Plot:
             y = start + TITLE + layer * (cell * queries + GAP)
             axes = panel(x, y, cell * keys, cell * queries)
             shown = np.ma.masked_array(one.weights_LxNxTxS[layer, head], ~one.visible_TxS)
-            axes.imshow(shown, cmap=scale.cmap, norm=scale.norm, aspect="auto", interpolation="nearest")
+            axes.imshow(shown, cmap=colors, norm=norm, aspect="auto", interpolation="nearest")
             _frame(axes, one, labelled, at_left=head == 0, at_bottom=layer == layers - 1)
             if head == 0:
                 name = "layer" if one.name == "self" else one.name

@@ -327,7 +327,7 @@ def attention(options: AttentionOptions) -> None:
 
     trial = _trained(options.run, options.trial)
     out = options.out or options.run / "attention.png"
-    writers = {".png": drawing.png, ".svg": drawing.svg}
+    writers: dict[str, Callable[..., str | bytes]] = {".png": drawing.png, ".svg": drawing.svg}
     if out.suffix not in writers:
         raise BadInput(f'--out "{out}" must end in .png or .svg')
     if not out.parent.is_dir():
@@ -336,8 +336,7 @@ def attention(options: AttentionOptions) -> None:
     found = maps.maps_of_text(trial.config, _prepare(trial.config), folder, options.prompt)
     with drawing.style():
         plot = attention_figures.attention_plot(found, options.prompt)
-    written: str | bytes = writers[out.suffix](plot)
-    files.write_atomic(out, written)
+    files.write_atomic(out, writers[out.suffix](plot))
     if not options.json:
         print(f"{plot.caption}\n{out}")
         return
