@@ -229,7 +229,7 @@ def test_more_tokens_than_positions_are_refused():
     too_long = random_tokens(0, (1, learned.max_context + 1))
     with pytest.raises(BadInput, match=r"17 tokens exceed the learned positions; model\.max_context=16"):
         apply(learned, random_params(learned), too_long)
-    with pytest.raises(BadInput, match=r"cache of 17 exceeds the learned positions; model\.max_context=16"):
+    with pytest.raises(BadInput, match=r"17 tokens exceed the learned positions; model\.max_context=16"):
         init_cache(learned, 1, 17)
     with pytest.raises(BadInput, match="17 tokens exceed the cache; it has 8 positions"):
         apply(BASE, random_params(BASE), too_long, None, init_cache(BASE, 1, 8))
