@@ -35,9 +35,8 @@ from scaling.options import (
     SweepOptions,
     TrainOptions,
     VerifyOptions,
-    chosen_experiment,
-    parse,
 )
+from scaling.parsing import chosen_experiment, parse
 
 if TYPE_CHECKING:
     from llm_jax.data.prepare import Prepared
