@@ -5,7 +5,7 @@
     llm-jax report runs/architectures
 
 The counterpart of Kaplan et al. 2020, figure 7, with the law of each family and its intervals. Measured 2026-11-22 on 16 CPU cores
-(--workers 16, 17 minutes; some two hours on two), Python 3.12's library, 87 trials of one seed. Least loss in nats a byte at each
+(--workers 16, 17 minutes), Python 3.12's library, 87 trials of one seed. Least loss in nats a byte at each
 budget of C = 6 N D, N active:
 
     C          experts   Transformer   LSTM     RNN      feed-forward
@@ -15,8 +15,8 @@ budget of C = 6 N D, N active:
     alpha      0.61 [0.51, 0.70]   0.54 [0.46, 0.60]   0.31 [0.20, 0.37]   0.48 [0.35, 0.61]   0.90 [0.74, 1.08]
     beta       0.53 [0.40, 0.62]   0.51 [0.38, 0.56]   0.35 [0.24, 0.51]   0.48 [0.34, 0.68]   0.49 [0.32, 0.67]
 
-5-grams counted on 1 M and 10 M bytes: 1.44 and 1.379, as good as the best LSTM here and better than it for the time they take. The LSTM
-overtakes the RNN between 1.2e12 and 4.8e12. The RNN's minima still lie at the largest shapes tried for the two larger budgets.
+5-grams counted on 1 M and 10 M bytes: 1.44 and 1.379. The LSTM overtakes the RNN between 1.2e12 and 4.8e12. The RNN's minima
+still lie at the largest shapes tried for the two larger budgets.
 """
 
 from llm_jax.config import Data, Model, Train

@@ -222,6 +222,7 @@ class Model:
 
     @property
     def encoder_layers(self) -> int:
+        """Layers of the encoder, where there is one."""
         return self.num_encoder_layers or self.num_layers
 
     @property
@@ -236,14 +237,17 @@ class Model:
 
     @property
     def head_width(self) -> int:
+        """H, the width of one head."""
         return self.head_dim or self.d_model // self.num_heads
 
     @property
     def kv_heads(self) -> int:
+        """K, the key/value heads; all N where model.num_kv_heads is None."""
         return self.num_kv_heads or self.num_heads
 
     @property
     def ff_width(self) -> int:
+        """F, the hidden width of the MLP; of feedforward, its hidden layer."""
         if self.d_ff:
             return self.d_ff
         return -(-8 * self.d_model // 3 // 8) * 8 if self.attends and self.mlp == "swiglu" else 4 * self.d_model
@@ -452,6 +456,7 @@ class Config:
 
     @property
     def rows_per_step(self) -> int:
+        """Rows of all microbatches of a step. Of a resolved config alone, as num_steps."""
         return int(self.train.tokens_per_step) // self.data.context
 
     @property

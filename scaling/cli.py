@@ -6,6 +6,7 @@ Numerics are imported inside the verbs, so that --help answers at once.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import json as jsonlib
 import os
@@ -35,9 +36,8 @@ from scaling.options import (
     SweepOptions,
     TrainOptions,
     VerifyOptions,
-    chosen_experiment,
-    parse,
 )
+from scaling.parsing import chosen_experiment, parse
 
 if TYPE_CHECKING:
     from llm_jax.data.prepare import Prepared
@@ -146,14 +146,22 @@ def fit(options: FitOptions) -> None:
         return
     if options.table is None:
         raise BadInput("fit needs a RUN or a TABLE.csv; see llm-jax fit --help")
-    table, hold = analysis.read_table(options.table, options.where), analysis.held(options.hold)
+    table = analysis.read_table(options.table, options.where)
+    analyse = functools.partial(
+        analysis.analyse,
+        law=options.law,
+        objective=options.objective,
+        ci=options.ci,
+        hold=analysis.held(options.hold),
+        cluster=options.cluster,
+    )
     if options.by:
         from scaling import compare
 
-        groups = compare.by_column(table, options.by, options.law, options.objective, options.ci, hold, options.cluster)
+        groups = compare.by_column(table, options.by, analyse)
         print(groups.to_json() if options.json else groups.summary())
         return
-    found = analysis.analyse(table, options.law, options.objective, options.ci, hold, options.cluster)
+    found = analyse(table)
     if options.table.is_dir() and not options.where:
         files.write_json(options.table / "fit.json", tables.finite(found.to_dict()))
     print(found.to_json(options.conventions) if options.json else found.summary(options.conventions))

@@ -19,6 +19,7 @@ import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+pytest.register_assert_rewrite("numerics")  # of tests/models
 
 REPO = Path(__file__).resolve().parents[1]
 SHARED_DATA = REPO.parent / "shared" / "data"
@@ -29,6 +30,14 @@ def mixed_dtypes() -> Iterator[None]:
     """Standard dtype promotion, for tests that step an optimizer: optax.adamw raises beta to the power of an int32."""
     with jax.numpy_dtype_promotion("standard"):
         yield
+
+
+@pytest.fixture(scope="module")
+def quick_compilation() -> Iterator[None]:
+    """For files that compile many small programs: with XLA's costlier passes off that takes a third less."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")

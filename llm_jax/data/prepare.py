@@ -56,6 +56,7 @@ class Prepared:
     """SHA-256 of each file of rows."""
 
     def tokenizer(self) -> Tokenizer:
+        """The tokenizer that made the rows."""
         return tokenizer.load(self.folder, self.tokenizer_kind)
 
     def rows(self, split: str) -> list[Any]:

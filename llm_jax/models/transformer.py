@@ -17,6 +17,7 @@ from llm_jax.config import Model
 from llm_jax.models.attention import attend, attend_window
 from llm_jax.models.layers import Norm, activate, normal, normal_out, project
 from llm_jax.models.moe import Mixture
+from llm_jax.parts import in_blocks
 
 Params = Any
 
@@ -90,8 +91,7 @@ class Attention(nn.Module):
             v_BxTxKxH = jax.lax.dynamic_update_slice_in_dim(cache[1], v_BxTxKxH, length, axis=1)
             cache = (k_BxTxKxH, v_BxTxKxH)
         keep_for_maps(self, q_BxTxNxH, k_BxTxKxH)
-        row, whole = q_BxTxNxH.shape[1], cache is None and visible_BxS is None
-        if whole and cfg.window and row > 2 * cfg.window and row % cfg.window == 0:
+        if cache is None and visible_BxS is None and cfg.window and in_blocks(cfg.window, q_BxTxNxH.shape[1]):
             y_BxTxNxH = attend_window(q_BxTxNxH, k_BxTxKxH, v_BxTxKxH, window=cfg.window, segment_BxT=segment_BxT)
         else:
             y_BxTxNxH = attend(

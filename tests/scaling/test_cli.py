@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from scaling import cli, options
+from scaling import cli, parsing
 
 EXPERIMENT = '''"""Small models on a small corpus.
 
@@ -184,9 +184,9 @@ def test_options_that_are_offered_are_those_that_help_shows(capsys):
     """A suggestion that help does not know, or that is a positional, sends the user in a circle."""
     for verb, (kind, _) in cli.VERBS.items():
         with pytest.raises(SystemExit):
-            options.parse(kind, ["--help"], verb)
+            parsing.parse(kind, ["--help"], verb)
         shown = capsys.readouterr().out
-        for flag in options._flags(kind):
+        for flag in parsing._flags(kind):
             assert re.search(rf"{re.escape(flag)}[ ,\n]", shown), (verb, flag)
 
 
