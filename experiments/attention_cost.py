@@ -3,12 +3,12 @@
     python experiments/attention_cost.py                  # writes runs/attention_cost/attention_cost.{png,svg,json}
     python experiments/attention_cost.py --device cpu     # a small model, contexts up to 4,096
 
-A step is compiled whole, with gradient, optimizer and update, and sees the same number of tokens at every context, so that the rows
-get fewer as they get longer. The LSTM has the parameters of the Transformers to 2 %, in as many layers. Time is the median of ten
-steps or more after two of warm-up; memory is what the compiled program says that it needs: parameters, optimizer, activations. A
-family ends at the first context that the device has no memory for, and the table says so. Exponents are straight lines through the
-logarithms of the four largest contexts, with 95 % intervals of Student's t: where a curve still bends they describe its end, and
-no law.
+A step is compiled whole, with gradient, optimizer and update, and sees the same number of tokens at every context, so that the rows get
+fewer as they get longer. The LSTM has as many layers, and the width in steps of 8 at which its parameters are nearest to the
+Transformers'. Time is the median of ten steps or more after two of warm-up; memory is what the compiled program says that it needs:
+parameters, optimizer, activations. A family ends at the first context that the device has no memory for, and the table says so.
+Exponents are straight lines through the logarithms of the four largest contexts, with 95 % intervals of Student's t: where a curve
+still bends they describe its end, and no law.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def draw(found: dict[str, Any]) -> Any:
     figure, panels = drawing.new_figure(2, height=2.9)
     entries, rows = {}, []
     for panel, quantity, unit, label in (
-        (panels[0], "seconds_per_token", 1e6, "time a token (µs)"),
+        (panels[0], "seconds_per_token", 1e-6, "time a token (µs)"),
         (panels[1], "bytes_per_token", 1024, "memory a token (KiB)"),
     ):
         values = []
@@ -148,7 +148,8 @@ def draw(found: dict[str, Any]) -> Any:
                 ends = x[[-fit["n"], -1]]
                 line = np.exp(fit["intercept"]) * ends ** fit["value"] / unit
                 panel.plot(ends, line, color=HUES[i], linestyle=drawing.DASHED, linewidth=0.8)
-                text = f"{fit['value']:.2f} [{fit['low']:.2f}, {fit['high']:.2f}]"
+                value, low, high = (round(fit[end], 2) + 0.0 for end in ("value", "low", "high"))  # no -0.00
+                text = f"{value:.2f} [{low:.2f}, {high:.2f}]"
                 panel.annotate(
                     text, (ends[1], y[-1]), (-4, 5), textcoords="offset points", ha="right", fontsize=7, color=HUES[i]
                 )
