@@ -1,9 +1,11 @@
-"""Attention as plain matrix products: the reference that faster kernels are held against."""
+"""Attention: cuDNN's where it serves, else plain matrix products, which it is held to."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+
+from llm_jax import kernels
 
 
 def attention_mask(
@@ -46,6 +48,39 @@ def attend(
 ) -> jax.Array:
     """softmax(q k / sqrt(H)) v, BxTxNxH, with the softmax in float32; query head n reads key head n // G.
     Causal unless told otherwise; `attention_mask` says who sees whom.
+
+    cuDNN's kernel has no mask but causality and a window: given a mask as an array it is three times slower, and then this is not.
+    """
+    q, masked = q_BxTxNxH, segment_BxT is not None or offset is not None or visible_BxS is not None
+    if kernels.used() and not masked and q.dtype == jnp.bfloat16 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128:
+        sees = (window - 1, 0) if window else None
+        return jax.nn.dot_product_attention(
+            q, k_BxSxKxH, v_BxSxKxH, is_causal=causal, local_window_size=sees, implementation="cudnn"
+        )
+    return attend_plain(
+        q,
+        k_BxSxKxH,
+        v_BxSxKxH,
+        window=window,
+        segment_BxT=segment_BxT,
+        offset=offset,
+        causal=causal,
+        visible_BxS=visible_BxS,
+    )
+
+
+def attend_plain(
+    q_BxTxNxH: jax.Array,
+    k_BxSxKxH: jax.Array,
+    v_BxSxKxH: jax.Array,
+    *,
+    window: int | None = None,
+    segment_BxT: jax.Array | None = None,
+    offset: jax.Array | None = None,
+    causal: bool = True,
+    visible_BxS: jax.Array | None = None,
+) -> jax.Array:
+    """As `attend`, on every backend.
 
     Divided by the sum of the exponentials after the product with v and not before (Dao et al. 2022, Algorithm 1): the gradient's
     sums then run over H and not over S.
