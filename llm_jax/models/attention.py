@@ -1,9 +1,12 @@
-"""Attention as plain matrix products: the reference that faster kernels are held against."""
+"""Attention: cuDNN's where it serves, else plain matrix products, which it is held to."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+
+from llm_jax import kernels
+from llm_jax.parts import in_blocks
 
 
 def attention_mask(
@@ -51,6 +54,43 @@ def attend(
     """softmax(q k / sqrt(H)) v, BxTxNxH, with the softmax in float32; query head n reads key head n // G.
     Causal unless told otherwise; `attention_mask` says who sees whom.
 
+    cuDNN's kernel has no mask but causality and a window: given a mask as an array it is three times slower, and then this is not.
+    Elsewhere a window that divides a longer row is computed in blocks.
+    """
+    q, offset_or_visible = q_BxTxNxH, offset is not None or visible_BxS is not None
+    masked = segment_BxT is not None or offset_or_visible
+    if kernels.used() and not masked and q.dtype == jnp.bfloat16 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128:
+        sees = (window - 1, 0) if window else None
+        return jax.nn.dot_product_attention(
+            q, k_BxSxKxH, v_BxSxKxH, is_causal=causal, local_window_size=sees, implementation="cudnn"
+        )
+    if window and causal and not offset_or_visible and in_blocks(window, q.shape[1]):
+        return attend_window(q, k_BxSxKxH, v_BxSxKxH, window=window, segment_BxT=segment_BxT)
+    return attend_plain(
+        q,
+        k_BxSxKxH,
+        v_BxSxKxH,
+        window=window,
+        segment_BxT=segment_BxT,
+        offset=offset,
+        causal=causal,
+        visible_BxS=visible_BxS,
+    )
+
+
+def attend_plain(
+    q_BxTxNxH: jax.Array,
+    k_BxSxKxH: jax.Array,
+    v_BxSxKxH: jax.Array,
+    *,
+    window: int | None = None,
+    segment_BxT: jax.Array | None = None,
+    offset: jax.Array | None = None,
+    causal: bool = True,
+    visible_BxS: jax.Array | None = None,
+) -> jax.Array:
+    """As `attend`, on every backend.
+
     Divided by the sum of the exponentials after the product with v and not before (Dao et al. 2022, Algorithm 1): the gradient's
     sums then run over H and not over S.
     """
@@ -76,10 +116,10 @@ def attend_window(
     window: int,
     segment_BxT: jax.Array | None = None,
 ) -> jax.Array:
-    """`attend` with a window, causal and without a cache, at a cost of T x 2 window and not T x T; T is a multiple of the window.
+    """`attend_plain` with a window, causal and without a cache, at a cost of T x 2 window and not T x T; T is a multiple of the window.
 
     The row is cut into blocks of `window` queries. The furthest key that the first query of a block sees is the second of the block
-    before, so that two blocks of keys are all that a block of queries needs: rows of their own for `attend` (Beltagy et al. 2020,
+    before, so that two blocks of keys are all that a block of queries needs: rows of their own for `attend_plain` (Beltagy et al. 2020,
     section 3.1, cut their sliding window alike).
     """
     B, T = q_BxTxNxH.shape[:2]
@@ -91,7 +131,7 @@ def attend_window(
         return jnp.concatenate([before, x], axis=2).reshape(B * blocks, 2 * window, *x.shape[3:])
 
     first = jnp.arange(B * blocks)[:, None] % blocks == 0
-    y = attend(
+    y = attend_plain(
         q_BxTxNxH.reshape(B * blocks, window, *q_BxTxNxH.shape[2:]),
         with_the_one_before(k_BxTxKxH),
         with_the_one_before(v_BxTxKxH),

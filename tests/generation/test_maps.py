@@ -18,7 +18,7 @@ VOCAB, T, P = 19, 9, 4
 BASE = Model(vocab_size=VOCAB, num_layers=2, d_model=16, num_heads=4, d_ff=24)
 MODELS = {
     "rotary, grouped, window": replace(BASE, num_kv_heads=2, window=3),
-    "learned, scanned": replace(BASE, positions="learned", qk_norm=False, scan_layers=True, norm="layernorm"),
+    "learned, scanned": replace(BASE, positions="learned", qk_norm=False, scan_layers=True, recompute="block"),
     "sinusoidal, post, experts": replace(
         BASE, positions="sinusoidal", norm_position="post", experts=Experts(number=4, granularity=2)
     ),
