@@ -5,21 +5,24 @@
 
 A step is compiled whole, with gradient, optimizer and update, and sees the same number of tokens at every context, so that the rows get
 fewer as they get longer. The LSTM has as many layers, and the width in steps of 8 at which its parameters are nearest to the
-Transformers'. Time is the median of ten steps or more after two of warm-up; memory is what the compiled program says that it needs:
-parameters, optimizer, activations. A family ends at the first context that the device has no memory for, and the table says so.
-Exponents are straight lines through the logarithms of the four largest contexts, with 95 % intervals of Student's t: where a curve
-still bends they describe its end, and no law.
+Transformers'. Full attention is cuDNN's kernel on a GPU, which computes the square of positions and never keeps it; there the plain
+products that keep it are measured too. Time is the median of ten steps or more after two of warm-up; memory is what the compiled
+program says that it needs: parameters, optimizer, activations. A family ends at the first context that the device has no memory for,
+and the table says so. Exponents are straight lines through the logarithms of the four largest contexts, with 95 % intervals of
+Student's t: where a curve still bends they describe its end, and no law.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -27,6 +30,7 @@ from llm_jax.config import Model, Train
 
 CONTEXTS = (256, 512, 1024, 2048, 4096, 8192, 16_384)
 WINDOW = 256
+PLAIN = "plain products"
 SIZES = {  # what a device computes in some minutes: a Transformer, tokens a step, the longest context
     "gpu": (Model(num_layers=4, d_model=512, num_heads=8, dtype="bfloat16"), 16_384, 16_384),
     "cpu": (Model(num_layers=2, d_model=64, num_heads=2), 4096, 4096),
@@ -39,11 +43,13 @@ FITTED = 4
 
 def families(full: Model) -> dict[str, Model]:
     """The models to compare, of about equal parameters."""
+    from llm_jax import kernels
     from llm_jax.parts import num_params
 
     widths = [replace(full, family="lstm", d_model=width) for width in range(8, 2 * full.d_model, 8)]
     lstm = min(widths, key=lambda model: abs(num_params(model) - num_params(full)))
-    return {"full attention": full, f"window of {WINDOW}": replace(full, window=WINDOW), "LSTM": lstm}
+    plain = {PLAIN: full} if kernels.used() else {}
+    return {**plain, "full attention": full, f"window of {WINDOW}": replace(full, window=WINDOW), "LSTM": lstm}
 
 
 def memory_limit() -> float:
@@ -57,13 +63,14 @@ def memory_limit() -> float:
     return 1024.0 * int(lines["MemAvailable"].split()[0])
 
 
-def measure(model: Model, context: int, tokens: int, limit: float) -> dict[str, Any]:
-    """Seconds of one training step of `tokens` tokens in rows of `context`, and bytes that it needs. Raises MemoryError beyond `limit`
-    or where the device says that it is full."""
+def measure(model: Model, context: int, tokens: int, limit: float, plain: bool = False) -> dict[str, Any]:
+    """Seconds of one training step of `tokens` tokens in rows of `context`, and bytes that it needs; `plain` keeps attention from its
+    kernel. Raises MemoryError beyond `limit` or where the device says that it is full."""
     import jax
     import jax.numpy as jnp
 
-    from llm_jax.models import families
+    from llm_jax.models import families, transformer
+    from llm_jax.models.attention import attend_plain
     from llm_jax.training.optimizer import adamw
     from llm_jax.training.pretrain import loss_fn
     from llm_jax.training.step import init_state, make_train_step
@@ -79,7 +86,9 @@ def measure(model: Model, context: int, tokens: int, limit: float) -> dict[str, 
     rows = np.random.default_rng(0).integers(0, model.vocab_size, (tokens // context, context + 1), dtype=np.int32)
     batch, rate = {"tokens": jnp.asarray(rows)}, jnp.float32(1e-4)
     try:
-        compiled = step.lower(jax.eval_shape(new_state), batch, rate).compile()
+        with mock.patch.object(transformer, "attend", attend_plain) if plain else contextlib.nullcontext():
+            traced = step.lower(jax.eval_shape(new_state), batch, rate)
+        compiled = traced.compile()
         needs = compiled.memory_analysis()
         size = needs.argument_size_in_bytes + needs.output_size_in_bytes - needs.alias_size_in_bytes
         size += needs.temp_size_in_bytes
@@ -189,7 +198,7 @@ def run(sizes: tuple[Model, int, int]) -> dict[str, Any]:
         for context in contexts:
             start = f"{name:18} {num_params(one):>10,} {context:8,}"
             try:
-                point = measure(one, context, tokens, limit)
+                point = measure(one, context, tokens, limit, plain=name == PLAIN)
             except MemoryError as error:
                 family["stopped"] = {"context": context, "reason": str(error)}
                 print(f"{start}  stopped: {error}", flush=True)

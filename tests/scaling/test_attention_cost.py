@@ -38,7 +38,7 @@ def test_a_family_ends_where_memory_does_and_the_others_go_on(script, monkeypatc
     limits = iter([1e12, 0.0, 1e12, 1e12])
     measure = script.measure
     monkeypatch.setattr(
-        script, "measure", lambda model, context, tokens, _: measure(model, context, tokens, next(limits))
+        script, "measure", lambda model, context, tokens, _, plain: measure(model, context, tokens, next(limits), plain)
     )
     families = script.families
     monkeypatch.setattr(script, "families", lambda full: dict(list(families(full).items())[::2]))
