@@ -237,3 +237,17 @@ class GenerateOptions:
     """Id, or its first digits; default: the trial with the lowest loss."""
     seed: int = 0
     json: Json = False
+
+
+@dataclass(frozen=True)
+class AttentionOptions:
+    """Draw who attends to whom in each head of a trained model, for one text."""
+
+    run: RunFolder
+    prompt: str
+    """The text. Of a model trained on pairs, the source; the target is what the model makes of it."""
+    out: Annotated[Path | None, arg(metavar="FILE.png|.svg")] = None
+    """Where the figure goes; default RUN/attention.png."""
+    trial: str | None = None
+    """Id, or its first digits; default: the trial with the lowest loss."""
+    json: Json = False

@@ -70,6 +70,11 @@ def sinusoids(positions_BxT: jax.Array, width: int) -> jax.Array:
     return jnp.concatenate([jnp.sin(angle_BxTxD), jnp.cos(angle_BxTxD)], axis=-1)
 
 
+def keep_for_maps(module: nn.Module, q_BxTxNxH: jax.Array, k_BxSxKxH: jax.Array) -> None:
+    """Sows queries and keys in the collection "attention" where a caller makes it mutable, as maps.py does; else for nothing."""
+    module.sow("attention", "queries_keys", (q_BxTxNxH, k_BxSxKxH), init_fn=lambda: None, reduce_fn=lambda _, new: new)
+
+
 class Attention(nn.Module):
     """Grouped-query attention (Ainslie et al. 2023); multi-head when K == N, multi-query when K == 1."""
 
@@ -98,6 +103,7 @@ class Attention(nn.Module):
             k_BxTxKxH = jax.lax.dynamic_update_slice_in_dim(cache[0], k_BxTxKxH, length, axis=1)
             v_BxTxKxH = jax.lax.dynamic_update_slice_in_dim(cache[1], v_BxTxKxH, length, axis=1)
             cache = (k_BxTxKxH, v_BxTxKxH)
+        keep_for_maps(self, q_BxTxNxH, k_BxTxKxH)
         y_BxTxNxH = attend(
             q_BxTxNxH,
             k_BxTxKxH,
@@ -189,7 +195,7 @@ class Transformer(nn.Module):
         x_BxTxD = nn.Dropout(cfg.dropout, deterministic=not self.train)(x_BxTxD)
         layers = nn.scan(
             Block if cfg.recompute == "nothing" else nn.remat(Block, policy=KEPT[cfg.recompute]),
-            variable_axes={"params": 0, "routing": 0},
+            variable_axes={"params": 0, "routing": 0, "attention": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(0 if cache is not None else nn.broadcast, *4 * (nn.broadcast,)),
             length=cfg.num_layers,
