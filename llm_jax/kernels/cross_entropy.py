@@ -14,52 +14,56 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-BLOCK = 4096
-"""Logits of one load."""
-NUM_WARPS = 32
-"""A program a row, and at most two on a multiprocessor: more rows at once than L2 holds would be read from memory twice."""
+LEAST = -1e30
+"""Stands for no logit: finite, so that no difference of two of them is NaN."""
+BLOCK, NUM_WARPS = 4096, 8
+"""Logits of one load, and warps of a program. The largest logit and the sum are kept for each place of a block and joined at the end:
+the warps need not wait for each other at every load."""
 
 
-def _kernel(logits_ref, target_ref, weight_ref, nll_ref, lse_ref, grad_ref, *, block, label_smoothing, z_loss):
+def _kernel(
+    logits_ref, target_ref, weight_ref, nll_ref, lse_ref, mean_ref, grad_ref, *, block, label_smoothing, z_loss
+):
     vocab = logits_ref.shape[0]
     target, weight = target_ref[0], weight_ref[0]
+    place_ = jax.lax.iota(jnp.int32, block)
 
-    def load(i):
-        column_ = i * block + jax.lax.iota(jnp.int32, block)
+    def load(i, policy):
+        column_ = i * block + place_
         inside_ = column_ < vocab if vocab % block else None
-        other = -1e30 if vocab % block else None
-        logit_ = triton.load(logits_ref.at[pl.ds(i * block, block)], mask=inside_, other=other)
+        other = LEAST if vocab % block else None
+        logit_ = triton.load(logits_ref.at[column_], mask=inside_, other=other, eviction_policy=policy)
         return column_, inside_, logit_.astype(jnp.float32)
 
     def add(i, carry):
-        largest, total, picked, every = carry
-        column_, inside_, logit_ = load(i)
-        new = jnp.maximum(largest, logit_.max())
-        total = total * jnp.exp(largest - new) + jnp.exp(logit_ - new).sum()
-        picked += jnp.where(column_ == target, logit_, 0.0).sum()
+        largest_, total_, every_ = carry
+        _, inside_, logit_ = load(i, "evict_last")
+        new_ = jnp.maximum(largest_, logit_)
+        total_ = total_ * jnp.exp(largest_ - new_) + jnp.exp(logit_ - new_)
         if label_smoothing:
-            every += (logit_ if inside_ is None else jnp.where(inside_, logit_, 0.0)).sum()
-        return new, total, picked, every
+            every_ += logit_ if inside_ is None else jnp.where(inside_, logit_, 0.0)
+        return new_, total_, every_
 
-    zero = jnp.float32(0)
-    blocks = pl.cdiv(vocab, block)
-    largest, total, picked, every = jax.lax.fori_loop(0, blocks, add, (jnp.float32(-1e30), zero, zero, zero))
-    lse = largest + jnp.log(total)
-    nll_ref[0] = lse - picked
+    zeros_ = jnp.zeros((block,), jnp.float32)
+    start = (jnp.full((block,), LEAST, jnp.float32), zeros_, zeros_)
+    largest_, total_, every_ = jax.lax.fori_loop(0, pl.cdiv(vocab, block), add, start)
+    largest = largest_.max()
+    lse = largest + jnp.log((total_ * jnp.exp(largest_ - largest)).sum())
+    nll_ref[0] = lse - triton.load(logits_ref.at[target]).astype(jnp.float32)
     lse_ref[0] = lse
+    mean_ref[0] = every_.sum() / vocab
     # d/dlogits of w ((1 - e) nll + e mean_v(-log p_v) + z lse^2)
     slope = weight * (1 + 2 * z_loss * lse)
     smooth = weight * (label_smoothing / vocab)
 
     def write(i, _):
-        column_, inside_, logit_ = load(i)
+        column_, inside_, logit_ = load(i, "evict_first")
         grad_ = slope * jnp.exp(logit_ - lse) - smooth
         grad_ -= jnp.where(column_ == target, weight * (1 - label_smoothing), 0.0)
-        triton.store(grad_ref.at[pl.ds(i * block, block)], grad_.astype(grad_ref.dtype), mask=inside_)
+        triton.store(grad_ref.at[column_], grad_.astype(grad_ref.dtype), mask=inside_)
         return _
 
-    jax.lax.fori_loop(0, blocks, write, jnp.int32(0))
-    return every
+    jax.lax.fori_loop(0, pl.cdiv(vocab, block), write, jnp.int32(0))
 
 
 def nll_and_gradient(
@@ -78,22 +82,8 @@ def nll_and_gradient(
     row, number = pl.BlockSpec((None, vocab), lambda m: (m, 0)), pl.BlockSpec((1,), lambda m: (m,))
     column = jax.ShapeDtypeStruct((rows,), jnp.float32)
 
-    def kernel(logits_ref, target_ref, weight_ref, nll_ref, lse_ref, mean_ref, grad_ref):
-        every = _kernel(
-            logits_ref,
-            target_ref,
-            weight_ref,
-            nll_ref,
-            lse_ref,
-            grad_ref,
-            block=block,
-            label_smoothing=label_smoothing,
-            z_loss=z_loss,
-        )
-        mean_ref[0] = every / vocab
-
     return pl.pallas_call(
-        kernel,
+        functools.partial(_kernel, block=block, label_smoothing=label_smoothing, z_loss=z_loss),
         grid=(rows,),
         in_specs=[row, number, number],
         out_specs=[number, number, number, row],

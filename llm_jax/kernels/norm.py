@@ -18,8 +18,9 @@ from llm_jax import kernels
 EPSILON = 1e-6
 NUMBERS = 1024
 """Of one load, 32 a thread of the one warp that is a program: all sums over a row stay within it."""
-LOADS = 16
-"""Of one program, which adds up the scale's gradient over them."""
+MOST_LOADS = 16
+"""Of one program, which adds up the scale's gradient over them. Fewer where there are not rows for PROGRAMS of them."""
+PROGRAMS = 2048
 
 
 def plain(x: jax.Array, scale: jax.Array, kind: str) -> jax.Array:
@@ -62,10 +63,11 @@ def gradient(
     total, width = x_MxD.shape
     columns = pl.next_power_of_2(width)
     rows = max(1, NUMBERS // columns)
-    programs = pl.cdiv(total, rows * LOADS)
-    of_rows = pl.BlockSpec((rows * LOADS, width), lambda p: (p, 0))
+    loads = min(MOST_LOADS, pl.cdiv(total, rows * PROGRAMS))
+    programs = pl.cdiv(total, rows * loads)
+    of_rows = pl.BlockSpec((rows * loads, width), lambda p: (p, 0))
     dx_MxD, partial_PxD = pl.pallas_call(
-        functools.partial(_kernel, kind=kind, shape=(rows, columns), total=total),
+        functools.partial(_kernel, kind=kind, shape=(rows, columns), loads=loads, total=total),
         grid=(programs,),
         in_specs=[of_rows, of_rows, of_rows, pl.BlockSpec((width,), lambda p: (0,))],
         out_specs=[of_rows, pl.BlockSpec((None, width), lambda p: (p, 0))],
@@ -80,10 +82,10 @@ def gradient(
     return dx_MxD, partial_PxD.sum(0)
 
 
-def _kernel(x_ref, stream_ref, grad_ref, scale_ref, dx_ref, partial_ref, *, kind, shape, total):
+def _kernel(x_ref, stream_ref, grad_ref, scale_ref, dx_ref, partial_ref, *, kind, shape, loads, total):
     rows, columns = shape
     width = x_ref.shape[1]
-    first = pl.program_id(0) * rows * LOADS
+    first = pl.program_id(0) * rows * loads
     column_ = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
     row_ = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
     one_row = jax.lax.iota(jnp.int32, columns)
@@ -111,5 +113,5 @@ def _kernel(x_ref, stream_ref, grad_ref, scale_ref, dx_ref, partial_ref, *, kind
         triton.store(dx_ref.at[where], (stream_ + deviation_ * dx_).astype(dx_ref.dtype), mask=inside_)
         return sum_ + grad_ * y_
 
-    sum_ = jax.lax.fori_loop(0, LOADS, one, jnp.zeros(shape, jnp.float32))
+    sum_ = jax.lax.fori_loop(0, loads, one, jnp.zeros(shape, jnp.float32))
     triton.store(partial_ref.at[one_row], sum_.sum(0), mask=one_row < width)
