@@ -393,7 +393,7 @@ class Config:
         media = self.model.media
         require(
             (media.kind != "none") == (self.data.source == "media"),
-            f"model.media.kind={media.kind} does not go with data.source={self.data.source}: image and audio need data.source=media, and it them",
+            f"model.media.kind={media.kind} does not fit data.source={self.data.source}: image and audio go with media alone",
         )
         if media.kind != "none":
             taken = media.items * media.tokens

@@ -188,7 +188,12 @@ def _media(model: Model, context: int) -> list[Part]:
     media = model.media
     if media.kind == "none":
         return []
-    encoder, share, name, width = model.media_encoder, media.items * media.tokens / context, "media/encoder", media.d_model
+    encoder, share, name, width = (
+        model.media_encoder,
+        media.items * media.tokens / context,
+        "media/encoder",
+        media.d_model,
+    )
     if media.kind == "image":
         patch = _matrix(f"{name}/patch", media.patch**2 * media.channels, (width,))
         table = Part(f"{name}/positions", "positions", (media.tokens, width), width)

@@ -236,6 +236,9 @@ class GenerateOptions:
 
     run: RunFolder
     prompt: str = "def "
+    """Text to continue, or a source; <media> in it stands for the next file of --media."""
+    media: tuple[Path, ...] = ()
+    """Pictures, or .wav files, of a model with an encoder of media."""
     tokens: int = 256
     """Tokens to add."""
     temperature: float = 0.8
@@ -304,7 +307,7 @@ def _plain_numbers(words: Sequence[str]) -> list[str]:
     return plain
 
 
-NEED_VALUES = ("--data.files", "--hold")
+NEED_VALUES = ("--data.files", "--hold", "--media", "--train.freeze")
 """Options of several values, of which tyro would take none at all."""
 
 

@@ -139,7 +139,7 @@ def _placing(cfg: Model, params: Params, media: Items, dropout_key: jax.Array | 
         )
     rngs = {"dropout": jax.random.fold_in(dropout_key, 1)} if dropout_key is not None else {}
     encoder = encoders.Media(cfg, train=dropout_key is not None)
-    embeddings_BxRxD = encoder.apply({"params": params["media"]}, media.items_BxIx, rngs=rngs)
+    embeddings_BxRxD: Any = encoder.apply({"params": params["media"]}, media.items_BxIx, rngs=rngs)
     return lambda x_BxTxD: encoders.place(x_BxTxD, embeddings_BxRxD, media.at_BxT)
 
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from llm_jax.config import Model
@@ -21,9 +22,9 @@ from llm_jax.models.transformer import Block, sinusoids
 class Items(NamedTuple):
     """The media of a batch of rows, and where they stand."""
 
-    items_BxIx: jax.Array
+    items_BxIx: jax.Array | np.ndarray
     """Pictures, uint8 BxIxSxSxC, or log-mel spectrograms, float16 BxIxFxM; zeros where a row has fewer."""
-    at_BxT: jax.Array
+    at_BxT: jax.Array | np.ndarray
     """True at placeholders: each takes the next of a row's R = I x P embeddings, in order."""
 
 
