@@ -130,7 +130,7 @@ def convolve(x_XxFxM: jax.Array, kernel_3xMxD: jax.Array, stride: int) -> jax.Ar
     return project(taps_XxFx3xM, kernel_3xMxD, 2)
 
 
-def place(x_BxTxD: jax.Array, media_BxRxD: jax.Array, at_BxT: jax.Array) -> jax.Array:
+def place(x_BxTxD: jax.Array, media_BxRxD: jax.Array, at_BxT: jax.Array | np.ndarray) -> jax.Array:
     """x with the next of the row's embeddings at each placeholder. There must be no more placeholders than embeddings."""
     index_BxT = jnp.clip(jnp.cumsum(at_BxT, axis=1, dtype=jnp.int32) - 1, 0, media_BxRxD.shape[1] - 1)
     taken_BxTxD = jnp.take_along_axis(media_BxRxD, index_BxT[..., None], axis=1)
