@@ -90,7 +90,7 @@ class Survey:
             data = text.encode("utf-8", "replace")
             digest.update(len(data).to_bytes(8, "little") + data)
             names.append([hashlib.sha256(key.encode("utf-8", "replace")).hexdigest() for key in keys])
-            sizes.append(len(text))
+            sizes.append(len(first if media else text))
         self.sha256 = digest.hexdigest()
         self.sizes = sizes
         self.held_out = _hold_out(_linked(names), sizes, val_fraction)

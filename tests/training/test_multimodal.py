@@ -33,7 +33,12 @@ def cfg(tmp_path):
         model=Model(num_layers=1, d_model=32, media=Media(kind="image", size=8, patch=4, num_layers=1, d_model=16)),
         data=Data(source="media", files=(f"{tmp_path}/colours.jsonl",), context=24, val_fraction=0.2),
         train=Train(
-            tokens=24 * 16 * 60, tokens_per_step=24 * 16, peak_lr=1e-2, warmup_steps=5, steps_per_call=8, checkpoint_every=24
+            tokens=24 * 16 * 60,
+            tokens_per_step=24 * 16,
+            peak_lr=1e-2,
+            warmup_steps=5,
+            steps_per_call=8,
+            checkpoint_every=24,
         ),
     )
 
@@ -84,6 +89,7 @@ def test_what_only_the_picture_tells_is_learned(cfg, tmp_path):
         sampling.continue_text(cfg, prepared, tmp_path / "whole", "<media><media>", 8, media=[picture])
 
 
+@pytest.mark.slow
 def test_a_tone_is_told_by_its_pitch(tmp_path):
     """The same for sounds: two tones in noise, of unequal length."""
     random, lines = np.random.default_rng(1), []
@@ -150,15 +156,15 @@ def test_an_unknown_part_is_not_frozen_silently(cfg):
     from llm_jax import ladder
 
     wrong = override(cfg, {"train.freeze": ("media/encodr",)})
-    with pytest.raises(BadInput, match='train.freeze "media/encodr" begins no path .*did you mean "media/encoder"'):
+    with pytest.raises(BadInput, match=r'train.freeze "media/encodr" begins no path .*did you mean "media/encoder"'):
         ladder.resolve(wrong)
-    with pytest.raises(BadInput, match='train.freeze "block"'):  # not as a mere beginning of a word
+    with pytest.raises(BadInput, match=r'train.freeze "block"'):  # not as a mere beginning of a word
         ladder.resolve(override(cfg, {"train.freeze": ("block",)}))
 
 
-def finish(cfg, prepared, folder, loss=1.0):
-    """The files that a sweep leaves of a trial, around a run of `loop.train`."""
-    loop.train(cfg, prepared, folder)
+def finish(cfg, prepared, folder, loss):
+    """The files that a sweep leaves of a trial."""
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "trial.json").write_text(json.dumps({"config": to_dict(cfg), "point": {}}))
     result = {"status": "done", "loss": loss, "tokenizer_sha256": prepared.tokenizer_sha256}
     (folder / "result.json").write_text(json.dumps(result))
@@ -173,12 +179,15 @@ def test_a_run_begins_with_the_parameters_of_another(cfg, tmp_path, corpus):
         train=short.train,
     )
     run = tmp_path / "text"
-    finish(text, prepare.prepare(text), run / "trials" / "better")
+    loop.train(text, prepare.prepare(text), run / "trials" / "better")
+    finish(text, prepare.prepare(text), run / "trials" / "better", loss=1.0)
     finish(override(text, {"train.seed": 1}), prepare.prepare(text), run / "trials" / "worse", loss=2.0)
     prepared = prepare.prepare(cfg)
     frozen = override(short, {"train.init_from": str(run), "train.freeze": ("blocks", "embed", "norm")})
     loop.train(frozen, prepared, tmp_path / "seeing")
-    found, there = (leaves(loop.load_params(*of)) for of in ((frozen, tmp_path / "seeing"), (text, run / "trials/better")))
+    found, there = (
+        leaves(loop.load_params(*of)) for of in ((frozen, tmp_path / "seeing"), (text, run / "trials/better"))
+    )
     for name, leaf in there.items():
         np.testing.assert_array_equal(found[name], leaf, err_msg=name)
     said = json.loads((tmp_path / "seeing" / initial.FILE).read_text())
@@ -186,8 +195,10 @@ def test_a_run_begins_with_the_parameters_of_another(cfg, tmp_path, corpus):
     assert set(said["taken"]) == set(there)
     assert set(said["left"]) == set(found) - set(there)
     # Another width: only what has none of it would fit, and there is nothing of this kind.
-    wide = override(short, {"train.init_from": str(run / "trials" / "better"), "model.d_model": 48, "model.num_heads": 4})
-    with pytest.raises(BadInput, match="no array that fits this model: the nearest, .* has shape") as caught:
+    wide = override(
+        short, {"train.init_from": str(run / "trials" / "better"), "model.d_model": 48, "model.num_heads": 4}
+    )
+    with pytest.raises(BadInput, match=r"no array that fits this model: the nearest, .* has shape") as caught:
         loop.train(wide, prepared, tmp_path / "wide")
     assert "\n" not in str(caught.value)
     with pytest.raises(BadInput, match="is no run directory and no trial's folder"):
