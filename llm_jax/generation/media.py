@@ -80,9 +80,17 @@ def held_out(cfg: Config, prepared: Prepared) -> list[Question]:
     return found
 
 
+def answer(cfg: Config, prepared: Prepared, params: Any, count: int) -> tuple[list[Question], list[str]]:
+    """At most `count` questions of the held-out set, spread evenly over it, and what the model answers."""
+    asked = held_out(cfg, prepared)
+    asked = [asked[i] for i in np.linspace(0, len(asked) - 1, min(count, len(asked))).astype(int)]
+    prompts, items, _ = zip(*asked, strict=True)
+    return asked, caption(cfg, prepared.tokenizer(), params, prompts, items)
+
+
 def score(found: Sequence[str], wanted: Sequence[str]) -> dict[str, float]:
     """ "exact_match", the accuracy where texts are names of classes, and "character_error_rate" as `pairs.score` has them; "token_f1":
-    the mean over texts of the harmonic mean of precision and recall of words (Rajpurkar et al. 2016, section 6.1)."""
+    the mean over texts of the harmonic mean of precision and recall of words (Rajpurkar et al. 2016, section 6.1)}."""
     f1 = [_f1(a.split(), b.split()) for a, b in zip(found, wanted, strict=True)]
     return pairs.score(found, wanted) | {"token_f1": float(np.mean(f1))}
 
