@@ -6,7 +6,7 @@
     llm-jax generate runs/dialtones --prompt "<media>" --media media/dialtones/0000.wav --temperature 0
 
 A key sounds as two sines (DTMF, ITU-T Q.23): one of four frequencies for its row, one of four for its column, of unequal strength,
-for 60 to 120 ms, with 40 to 90 ms between keys, in white noise of -10 to 10 dB against the sines. Three to six keys, drawn anew for
+for 60 to 120 ms, with 40 to 90 ms between keys, in white noise, the sines 0 to 20 dB above it. Three to six keys, drawn anew for
 each of the 3,000 clips; a tenth is held out. The model writes the keys down, and has to find how many there are.
 """
 
@@ -35,7 +35,7 @@ experiment = Experiment(
     data=Data(
         source="media", files=("media/dialtones/clips.jsonl",), context=72, val_fraction=0.1, eval_tokens=72 * 300
     ),
-    train=Train(tokens_per_step=72 * 32),
+    train=Train(tokens_per_step=72 * 32, peak_lr=0.003),
     axes=product(
         zipped(
             axis("model.media.num_layers", [1, 2, 2]),
@@ -60,7 +60,7 @@ def clip(keys: str, random):
         parts.append(np.zeros(int(RATE * random.uniform(0.04, 0.09))))
     samples = np.concatenate(parts)
     power = 7 / 12  # of two sines whose amplitudes are uniform in [0.5, 1]
-    noise = (power * 10 ** (-random.uniform(-10, 10) / 10)) ** 0.5
+    noise = (power * 10 ** (-random.uniform(0, 20) / 10)) ** 0.5
     return samples + random.normal(0, noise, len(samples))
 
 

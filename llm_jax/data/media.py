@@ -1,7 +1,7 @@
 """Pictures and sounds as arrays, and texts with placeholders for them.
 
 A picture is the bytes of its pixels. A sound is a log-mel spectrogram as Whisper reads it (Radford et al. 2022, section 2.2): windows of
-25 ms every 10 ms at 16 kHz, triangular filters on the mel scale, logarithms cut off 80 dB below the loudest.
+25 ms every 10 ms at 16 kHz, triangular filters on the mel scale, decades of energy cut off 80 dB below the loudest.
 """
 
 from __future__ import annotations
@@ -89,16 +89,18 @@ def _sound(path: Path, media: Media) -> np.ndarray:
 
 
 def log_mel(samples: np.ndarray, bins: int) -> np.ndarray:
-    """log10 of the energy in each mel band, float64 [len(samples) // HOP, bins], cut off 8 below the largest, plus 4, over 4.
+    """log10 of the energy in each mel band, float64 [len(samples) // HOP, bins], in [-4, 4]: 4 where it is largest, cut off below.
 
-    Frame t is of WINDOW samples around t HOP, a Hann window on them, the ends mirrored: Whisper's `log_mel_spectrogram`.
+    Frame t is of WINDOW samples around t HOP, a Hann window on them, the ends mirrored: Whisper's `log_mel_spectrogram`, but for
+    its last line, which divides by four and keeps the level. On that scale a small encoder did not hear: 500 steps on two to four
+    dial tones in noise left 1.78 nats a token, which is what their number alone gives, and 0.50 on this one (one seed).
     """
     padded = np.pad(samples, WINDOW // 2, mode="reflect")
     starts = np.arange(len(samples) // HOP) * HOP
     frames = padded[starts[:, None] + np.arange(WINDOW)[None, :]] * np.hanning(WINDOW + 1)[:-1]
     power = np.abs(np.fft.rfft(frames, axis=-1)) ** 2
     energy = np.log10(np.maximum(power @ mel_filters(bins).T, 1e-10))
-    return (np.maximum(energy, energy.max() - 8.0) + 4.0) / 4.0
+    return np.maximum(energy - energy.max() + 4.0, -4.0)
 
 
 @functools.lru_cache
