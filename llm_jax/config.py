@@ -83,6 +83,9 @@ class Model:
     """On embeddings and on each block's output; never on a recurrence."""
     scan_layers: bool = False
     """One compiled block scanned over the layers: compiles faster when deep, runs slower when small. Same parameters either way."""
+    recompute: Literal["nothing", "elementwise", "hidden", "block"] = "nothing"
+    """What the backward pass computes anew rather than keep, for models whose activations do not fit (Chen et al. 2016): norms and
+    activations; the MLP's hidden layer too; whole blocks. Read by transformer alone. Same results but for rounding."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the computation; parameters are float32."""
 
@@ -165,6 +168,7 @@ class Model:
 
     @property
     def encoder_layers(self) -> int:
+        """Layers of the encoder, where there is one."""
         return self.num_encoder_layers or self.num_layers
 
     @property
@@ -179,14 +183,17 @@ class Model:
 
     @property
     def head_width(self) -> int:
+        """H, the width of one head."""
         return self.head_dim or self.d_model // self.num_heads
 
     @property
     def kv_heads(self) -> int:
+        """K, the key/value heads; all N where model.num_kv_heads is None."""
         return self.num_kv_heads or self.num_heads
 
     @property
     def ff_width(self) -> int:
+        """F, the hidden width of the MLP; of feedforward, its hidden layer."""
         if self.d_ff:
             return self.d_ff
         return -(-8 * self.d_model // 3 // 8) * 8 if self.attends and self.mlp == "swiglu" else 4 * self.d_model
@@ -211,6 +218,7 @@ class Model:
             qk_norm=self.qk_norm,  # one learning rate trains both
             dropout=self.dropout,
             scan_layers=self.scan_layers,
+            recompute=self.recompute,
             dtype=self.dtype,
         )
 
@@ -435,6 +443,7 @@ class Config:
 
     @property
     def rows_per_step(self) -> int:
+        """Rows of all microbatches of a step. Of a resolved config alone, as num_steps."""
         return int(self.train.tokens_per_step) // self.data.context
 
     @property

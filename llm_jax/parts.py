@@ -145,17 +145,24 @@ def _block(name: str, model: Model, layers: int, *branches: list[Part]) -> list[
     return found
 
 
+def in_blocks(window: int, positions: int) -> bool:
+    """Whether a row is attended to in blocks of the window, each of which sees two of them (models/attention.py)."""
+    return positions > 2 * window and positions % window == 0
+
+
 def _attention(name: str, model: Model, layers: int, positions: int) -> list[Part]:
-    """To `positions` of as many as there are: the full square, as it is published, though a causal kernel needs half."""
+    """To `positions` of as many as there are: the full square, as it is published, though a causal kernel needs half. With a window
+    the products of its blocks, where it is computed in blocks."""
     heads, kv_heads, head = model.num_heads, model.kv_heads, model.head_width
     numbers = {"q": heads, "k": kv_heads, "v": kv_heads}
     found = [_matrix(f"{name}/{of}", model.d_model, (number, head), layers) for of, number in numbers.items()]
     if model.qk_norm:
         found += [Part(f"{name}/{of}_norm/scale", "norm", (head,), numbers[of] * head, layers) for of in ("q", "k")]
-    square = (heads, positions, head)
+    attended = 2 * model.window if model.window and in_blocks(model.window, positions) else positions
+    square = (heads, attended, head)
     return [
         *found,
-        Part(f"{name}/scores", "attention", square, heads * positions, layers, stored=False),
+        Part(f"{name}/scores", "attention", square, heads * attended, layers, stored=False),
         Part(f"{name}/values", "attention", square, heads * head, layers, stored=False),
         Part(f"{name}/out", "matrices", (heads, head, model.d_model), model.d_model, layers),
     ]

@@ -24,6 +24,7 @@ def did_you_mean(name: str, valid: Iterable[str]) -> str:
 
 
 def require(ok: bool, message: str) -> None:
+    """Raises BadInput with the message unless ok."""
     if not ok:
         raise BadInput(message)
 

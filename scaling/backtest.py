@@ -54,6 +54,7 @@ class Backtest:
         )
 
     def to_json(self) -> str:
+        """What `llm-jax backtest --json` prints, on one line."""
         return json.dumps(dataclasses.asdict(self))
 
 

@@ -70,6 +70,7 @@ def joined(*parts: str | None, by: str = "; ") -> str | None:
 
 
 def form(run: Run) -> str | None:
+    """The formula, the law's name and where it was published."""
     if not run.fit:
         return None
     return joined(formula_html(run.fit["formula"]), f"“{escape(run.fit['law'])}”", escape(run.fit.get("source", "")))
@@ -93,6 +94,7 @@ def variables(run: Run) -> str | None:
 
 
 def fitted(run: Run) -> str | None:
+    """How many parameters were free, and what the others were held at."""
     if not run.fit:
         return None
     held = set(run.fit.get("held", ()))
@@ -107,6 +109,7 @@ def fitted(run: Run) -> str | None:
 
 
 def models(run: Run) -> str | None:
+    """Runs with a loss, how many sizes, and how many runs have none."""
     if not run.trials:
         return None
     lost = len(run.trials) - len(run.done)
@@ -119,6 +122,7 @@ def models(run: Run) -> str | None:
 
 
 def parameters(run: Run) -> str | None:
+    """Range of N, and whether embeddings are counted in."""
     shown = spread(run.done, "N_params")
     if not shown:
         return None
@@ -130,6 +134,7 @@ def parameters(run: Run) -> str | None:
 
 
 def tokens(run: Run) -> str | None:
+    """Range of D, and of D / N."""
     shown = spread(run.done, "D_tokens")
     if not shown:
         return None
@@ -141,6 +146,7 @@ def tokens(run: Run) -> str | None:
 
 
 def compute(run: Run) -> str | None:
+    """Range of C in FLOPs, and how it was counted: 6ND is checked against the table and not believed."""
     shown = spread(run.done, "C_flops", lambda v: number(v, 3))
     if not shown:
         return None
@@ -160,6 +166,7 @@ def compute(run: Run) -> str | None:
 
 
 def data(run: Run) -> str | None:
+    """Source, fingerprint and context."""
     given = run.setting("data")
     if not given:
         return escape(run.facts["data"]) if "data" in run.facts else None
@@ -173,6 +180,7 @@ def data(run: Run) -> str | None:
 
 
 def repetition(run: Run) -> str | None:
+    """How many runs saw data more than once, and the range of epochs."""
     epochs = column(run.done, "epochs")
     epochs = epochs[np.isfinite(epochs)]
     if not len(epochs):
@@ -183,6 +191,7 @@ def repetition(run: Run) -> str | None:
 
 
 def tokenizer(run: Run) -> str | None:
+    """Its kind, size and hash."""
     given, model = run.setting("data"), run.setting("model")
     if not given.get("tokenizer"):
         return escape(run.facts["tokenizer"]) if "tokenizer" in run.facts else None
@@ -192,6 +201,7 @@ def tokenizer(run: Run) -> str | None:
 
 
 def shape(run: Run) -> str | None:
+    """Depth, how width follows it, and the kind of block."""
     model, ladder = run.setting("model"), run.setup.get("ladder")
     if not model:
         return None
@@ -205,6 +215,7 @@ def shape(run: Run) -> str | None:
 
 
 def optimizer(run: Run) -> str | None:
+    """Its settings, the same for all runs."""
     train = run.setting("train")
     if not train:
         return None
@@ -219,6 +230,7 @@ def optimizer(run: Run) -> str | None:
 
 
 def rate(run: Run) -> str | None:
+    """Schedule and range of the peak learning rate, and whether a rule set it."""
     train, peak = run.setting("train"), spread(run.done, "peak_lr", lambda v: number(v, 3))
     shown = (
         f"peak {peak}" + by_rule(train, "peak_lr", ", by rule from <i>N</i>, <i>D</i> and the batch") if peak else ""
@@ -237,6 +249,7 @@ def by_rule(train: Row, name: str, text: str) -> str:
 
 
 def batch(run: Run) -> str | None:
+    """Range of tokens a step, and whether a rule set it."""
     shown = spread(run.done, "tokens_per_step")
     return (
         f"{shown} tokens" + by_rule(run.setting("train"), "tokens_per_step", ", by rule from <i>D</i>")
@@ -246,6 +259,7 @@ def batch(run: Run) -> str | None:
 
 
 def warmup(run: Run) -> str | None:
+    """Range of warm-up steps, and whether a rule set it."""
     shown = spread(run.done, "warmup_steps", lambda v: number(v, 9))
     rule = by_rule(
         run.setting("train"), "warmup_steps", ", by rule: as many tokens as parameters, at most a fifth of the run"
@@ -254,6 +268,7 @@ def warmup(run: Run) -> str | None:
 
 
 def seeds(run: Run) -> str | None:
+    """One for all runs, or how many."""
     found = {int(t["seed"]) for t in run.done if is_number(t.get("seed"))}
     if not found:
         return None
@@ -264,6 +279,7 @@ def seeds(run: Run) -> str | None:
 
 
 def metric(run: Run) -> str | None:
+    """What the loss is, and its unit."""
     if not run.setup:
         return None
     bits = np.isfinite(column(run.done, "bits_per_byte")).any()
@@ -271,6 +287,7 @@ def metric(run: Run) -> str | None:
 
 
 def evaluation(run: Run) -> str | None:
+    """Size of the held-out set, and the standard error that comes of it."""
     given = run.setting("data")
     if "eval_tokens" not in given:
         return None
@@ -285,12 +302,14 @@ def evaluation(run: Run) -> str | None:
 
 
 def checkpoints(run: Run) -> str | None:
+    """Which loss of a run was taken; unknown of a bare table."""
     if not run.setup:
         return None
     return "one a run: its last step, after the learning rate has decayed"
 
 
 def changed(run: Run) -> str | None:
+    """Whether losses were smoothed or interpolated; unknown of a bare table."""
     return "no: losses as measured, not smoothed or interpolated" if run.setup else None
 
 
@@ -298,6 +317,7 @@ def changed(run: Run) -> str | None:
 
 
 def objective(run: Run) -> str | None:
+    """What was minimised, in words, and its least value."""
     if not run.fit:
         return None
     name, *words = str(run.fit["objective"]["name"]).split(":")
@@ -312,11 +332,13 @@ def objective(run: Run) -> str | None:
 
 
 def algorithm(run: Run) -> str | None:
+    """The optimizer of the fit."""
     name = run.fit.get("search", {}).get("optimizer")
     return escape(name) if name else None
 
 
 def starts(run: Run) -> str | None:
+    """How many, and what share of them reached the same minimum."""
     search = run.fit.get("search", {})
     if "starts" not in search:
         return None
@@ -327,6 +349,7 @@ def starts(run: Run) -> str | None:
 
 
 def points(run: Run) -> str | None:
+    """How many runs with a loss the fit used."""
     if not run.fit:
         return None
     left = len(run.done) - run.fit["n"]
@@ -338,6 +361,7 @@ def points(run: Run) -> str | None:
 
 
 def intervals(run: Run) -> str | None:
+    """Their kind, and what was resampled how often where it is a bootstrap."""
     if not run.fit:
         return None
     kinds = dict.fromkeys(kind for p in run.fit["parameters"].values() for kind in p.get("intervals") or ())
@@ -351,6 +375,7 @@ def intervals(run: Run) -> str | None:
 
 
 def validation(run: Run) -> str | None:
+    """The forecast beyond the fitted runs, and what was measured there."""
     if not run.forecast:
         return "no forecast registered" if run.setup else None
     target, prediction = run.forecast["target"], run.forecast["prediction"]
@@ -364,6 +389,7 @@ def validation(run: Run) -> str | None:
 
 
 def code(run: Run) -> str | None:
+    """Commit and versions."""
     names = {k: v for k, v in run.facts.items() if k in ("git commit", "versions", "code")}
     commit = run.forecast.get("git")
     return joined(f"commit {escape(str(commit)[:12])}" if commit else "", *(escape(v) for v in names.values()))

@@ -6,6 +6,7 @@ Numerics are imported inside the verbs, so that --help answers at once.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import json as jsonlib
 import os
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from llm_jax.config import Config
 from llm_jax.settings import BadInput, did_you_mean, fingerprint
 from scaling.options import (
+    AttentionOptions,
     BacktestOptions,
     BenchOptions,
     CalibrateOptions,
@@ -34,13 +36,12 @@ from scaling.options import (
     SweepOptions,
     TrainOptions,
     VerifyOptions,
-    chosen_experiment,
-    parse,
 )
+from scaling.parsing import chosen_experiment, parse
 
 if TYPE_CHECKING:
     from llm_jax.data.prepare import Prepared
-    from scaling.experiment import Experiment
+    from scaling.experiment import Experiment, Trial
 
 
 def train(options: TrainOptions) -> None:
@@ -148,14 +149,22 @@ def fit(options: FitOptions) -> None:
         return
     if options.table is None:
         raise BadInput("fit needs a RUN or a TABLE.csv; see llm-jax fit --help")
-    table, hold = analysis.read_table(options.table, options.where), analysis.held(options.hold)
+    table = analysis.read_table(options.table, options.where)
+    analyse = functools.partial(
+        analysis.analyse,
+        law=options.law,
+        objective=options.objective,
+        ci=options.ci,
+        hold=analysis.held(options.hold),
+        cluster=options.cluster,
+    )
     if options.by:
         from scaling import compare
 
-        groups = compare.by_column(table, options.by, options.law, options.objective, options.ci, hold, options.cluster)
+        groups = compare.by_column(table, options.by, analyse)
         print(groups.to_json() if options.json else groups.summary())
         return
-    found = analysis.analyse(table, options.law, options.objective, options.ci, hold, options.cluster)
+    found = analyse(table)
     if options.table.is_dir() and not options.where:
         files.write_json(options.table / "fit.json", tables.finite(found.to_dict()))
     print(found.to_json(options.conventions) if options.json else found.summary(options.conventions))
@@ -282,25 +291,26 @@ def explain(options: ExplainOptions) -> None:
     print(jsonlib.dumps(found) if options.json else explaining.describe(found))
 
 
+def _trained(run: Path, prefix: str | None) -> Trial:
+    """The finished trial of a run whose id begins so, or the one with the lowest loss."""
+    from scaling import ledger
+
+    ledger.describe(run)
+    losses = {row["id"]: row["loss"] for row in ledger.rows(run) if row["status"] == "done"}
+    if not losses:
+        raise BadInput(f"{run} has no finished trial; see llm-jax status {run}")
+    chosen = [key for key in losses if key.startswith(prefix)] if prefix else [min(losses, key=lambda key: losses[key])]
+    if len(chosen) != 1:
+        raise BadInput(f'--trial "{prefix}" names {len(chosen)} finished trials{did_you_mean(str(prefix), losses)}')
+    return next(trial for trial in ledger.trials(run) if trial.id == chosen[0])
+
+
 def generate(options: GenerateOptions) -> None:
     """Prints a prompt and how a trained model goes on; of a model trained on pairs, a source and its target."""
     from llm_jax.generation import pairs, sampling
     from scaling import ledger
 
-    ledger.describe(options.run)
-    done = [row for row in ledger.rows(options.run) if row["status"] == "done"]
-    if not done:
-        raise BadInput(f"{options.run} has no finished trial; see llm-jax status {options.run}")
-    losses = {row["id"]: row["loss"] for row in done}
-    if options.trial:
-        chosen = [key for key in losses if key.startswith(options.trial)]
-        if len(chosen) != 1:
-            raise BadInput(
-                f'--trial "{options.trial}" names {len(chosen)} finished trials{did_you_mean(options.trial, losses)}'
-            )
-    else:
-        chosen = [min(losses, key=lambda key: losses[key])]
-    trial = next(one for one in ledger.trials(options.run) if one.id == chosen[0])
+    trial = _trained(options.run, options.trial)
     trained = trial.config, _prepare(trial.config), ledger.trial_folder(options.run, trial.id)
     of_pairs = trial.config.data.source == "pairs"
     if of_pairs:
@@ -321,6 +331,34 @@ def generate(options: GenerateOptions) -> None:
         print(text if of_pairs else options.prompt + text)
 
 
+def attention(options: AttentionOptions) -> None:
+    """Draws the attention maps of a trained model for one text, and prints where; with --json the weights too."""
+    from llm_jax import files
+    from llm_jax.generation import maps
+    from scaling import attention_figures, drawing, ledger
+
+    trial = _trained(options.run, options.trial)
+    out = options.out or options.run / "attention.png"
+    writers: dict[str, Callable[..., str | bytes]] = {".png": drawing.png, ".svg": drawing.svg}
+    if out.suffix not in writers:
+        raise BadInput(f'--out "{out}" must end in .png or .svg')
+    if not out.parent.is_dir():
+        raise BadInput(f"--out: there is no folder {out.parent}")
+    folder = ledger.trial_folder(options.run, trial.id)
+    found = maps.maps_of_text(trial.config, _prepare(trial.config), folder, options.prompt)
+    with drawing.style():
+        plot = attention_figures.attention_plot(found, options.prompt)
+    files.write_atomic(out, writers[out.suffix](plot))
+    if not options.json:
+        print(f"{plot.caption}\n{out}")
+        return
+    shown = {
+        one.name: {"queries": one.queries, "keys": one.keys, "weights": one.weights_LxNxTxS.round(6).tolist()}
+        for one in found
+    }
+    print(jsonlib.dumps({"trial": trial.id, "prompt": options.prompt, "figure": str(out), "maps": shown}))
+
+
 VERBS: dict[str, tuple[Any, Callable[[Any], None]]] = {
     "train": (TrainOptions, train),
     "sweep": (SweepOptions, sweep),
@@ -336,6 +374,7 @@ VERBS: dict[str, tuple[Any, Callable[[Any], None]]] = {
     "data": (DataOptions, data),
     "explain": (ExplainOptions, explain),
     "generate": (GenerateOptions, generate),
+    "attention": (AttentionOptions, attention),
 }
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from llm_jax.settings import BadInput
-from scaling.analysis import PRINTED, Analysis, analyse
+from scaling.analysis import PRINTED, Analysis
 from scaling.tables import Table, finite
 
 
@@ -54,16 +54,8 @@ def parameter_text(one: Analysis, name: str) -> str:
     return f"{one.parameters[name]:.4g} [{low}, {high}]"
 
 
-def by_column(
-    table: Table,
-    column: str,
-    law: str,
-    objective: str = "",
-    ci: str = "all",
-    hold: Mapping[str, float] | None = None,
-    cluster: str = "",
-) -> Comparison:
-    """Fits the law to the rows of each value of a column, that of the least loss first; the other arguments as in analyse.
+def by_column(table: Table, column: str, analyse: Callable[[Table], Analysis]) -> Comparison:
+    """`analyse` of the rows of each value of a column, that of the least loss first.
 
     BadInput where the column is none, or where no group can be fitted.
     """
@@ -74,7 +66,7 @@ def by_column(
     for value in sorted(set(values.tolist()), key=lambda value: np.nanmin(loss[values == value])):
         name = f"{value:g}" if isinstance(value, float) else str(value)
         try:
-            groups[name] = analyse(table.select(values == value), law, objective, ci, hold, cluster)
+            groups[name] = analyse(table.select(values == value))
         except BadInput as error:
             unfitted[name] = str(error)
     if not groups:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,12 @@ def write_report(folder: Path) -> tuple[Path, str]:
     if failed:
         problems.append(f"{len(failed)} of {len(rows)} trials failed: {failed[0]['id']}, {failed[0]['reason']}")
     if (folder / "table.csv").exists():
-        table = tables.read(folder)
+        table, fit = tables.read(folder), functools.partial(analyse, law=described["law"])
         try:
             if len(set(table.columns.get(GROUPS, []))) > 1:
-                groups = compare.by_column(table, GROUPS, described["law"])
+                groups = compare.by_column(table, GROUPS, fit)
             else:
-                found = analyse(table, described["law"])
+                found = fit(table)
         except BadInput as error:
             problems.append(f"no law was fitted: {error}")
     known = {

@@ -17,8 +17,11 @@ from pathlib import Path
 import jax
 import pytest
 
+from llm_jax.config import Config, Data, Model, Train
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+pytest.register_assert_rewrite("numerics")  # of tests/models
 
 REPO = Path(__file__).resolve().parents[1]
 SHARED_DATA = REPO.parent / "shared" / "data"
@@ -29,6 +32,14 @@ def mixed_dtypes() -> Iterator[None]:
     """Standard dtype promotion, for tests that step an optimizer: optax.adamw raises beta to the power of an int32."""
     with jax.numpy_dtype_promotion("standard"):
         yield
+
+
+@pytest.fixture(scope="module")
+def quick_compilation() -> Iterator[None]:
+    """For files that compile many small programs: with XLA's costlier passes off that takes a third less."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")
@@ -64,3 +75,13 @@ def corpus(tmp_path: Path) -> Path:
         )
     (folder / "стихи.md").write_text(RUSSIAN * 20, encoding="utf-8")
     return folder
+
+
+@pytest.fixture
+def tiny(corpus: Path) -> Config:
+    """The smallest model that learns the corpus, in steps of two rows."""
+    return Config(
+        model=Model(num_layers=1, d_model=16, num_heads=1),
+        data=Data(source="files", files=(f"{corpus}/*",), context=32, eval_tokens=1024, val_fraction=0.2),
+        train=Train(tokens_per_step=64, peak_lr=1e-2, steps_per_call=8),
+    )

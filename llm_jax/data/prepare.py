@@ -60,6 +60,7 @@ class Prepared:
     """Of the media of a row."""
 
     def tokenizer(self) -> Tokenizer:
+        """The tokenizer that made the rows."""
         return tokenizer.load(self.folder, self.tokenizer_kind)
 
     def rows(self, split: str) -> list[Any]:

@@ -51,17 +51,21 @@ class Bytes:
     bos, pad, media = 0xFF, 0xFE, 0xFD
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """A byte an id; half of a surrogate pair, which UTF-8 cannot write, becomes "?"."""
         return [np.frombuffer(text.encode("utf-8", "replace"), np.uint8).astype(np.int32) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
+        """As in Tokenizer; ids from 0xF8, which no UTF-8 has, are left out."""
         return bytes(i for i in ids if i < 0xF8).decode("utf-8", "replace")
 
     def token_bytes(self) -> np.ndarray:
+        """One each, and none for bos, pad and media."""
         sizes = np.ones(256, np.int32)
         sizes[[self.bos, self.pad, self.media]] = 0
         return sizes
 
     def sha256(self) -> str:
+        """Of its name: nothing was learnt."""
         return hashlib.sha256(b"bytes").hexdigest()
 
 
@@ -82,9 +86,11 @@ class SentencePiece:
         self.media = self._processor.piece_to_id(PLACEHOLDER)  # unk, where it was trained without
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of each text, int32, without bos."""
         return [np.asarray(ids, np.int32) for ids in self._processor.encode(list(texts))]
 
     def decode(self, ids: Sequence[int]) -> str:
+        """As in Tokenizer; pad is left out too."""
         text = [int(i) for i in ids]
         return self._processor.decode([i for i in text if i != self.pad and not self._processor.is_control(i)])
 
@@ -93,6 +99,8 @@ class SentencePiece:
         return [(self._processor.id_to_piece(i), self._processor.get_score(i)) for i in range(self.vocab_size)]
 
     def token_bytes(self) -> np.ndarray:
+        """UTF-8 bytes of each piece, one for a byte, none for control tokens and pad."""
+
         def size(i: int, piece: str) -> int:
             if self._processor.is_control(i) or self._processor.is_unknown(i):
                 return 0
@@ -101,7 +109,7 @@ class SentencePiece:
         return np.asarray([size(i, piece) for i, (piece, _) in enumerate(self._pieces)], np.int32)
 
     def sha256(self) -> str:
-        # Of the pieces: the file itself differs between runs that learn the same pieces.
+        """Of the pieces and their scores: the file itself differs between runs that learn the same pieces."""
         return hashlib.sha256(json.dumps(self._pieces).encode()).hexdigest()
 
 

@@ -1,9 +1,12 @@
-"""Attention as plain matrix products: the reference that faster kernels are held against."""
+"""Attention: cuDNN's where it serves, else plain matrix products, which it is held to."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+
+from llm_jax import kernels
+from llm_jax.parts import in_blocks
 
 
 def attention_mask(
@@ -18,7 +21,8 @@ def attention_mask(
     """True where a query may look, shape B or 1 x 1 x 1 x T x S: not ahead if causal, within the window, within its own document,
     and at visible keys alone.
 
-    `offset` is the position of the first query among the keys (0 without a cache).
+    `offset` is the position of the first query among the keys (0 without a cache). `segment_BxT` numbers the documents of the keys;
+    where those are more than the queries, a query has the number of the key at its position.
     """
     query_Tx1 = jnp.arange(num_queries)[:, None] + (0 if offset is None else offset)
     key_1xS = jnp.arange(num_keys)[None, :]
@@ -27,7 +31,10 @@ def attention_mask(
         mask_TxS &= query_Tx1 - key_1xS < window
     mask = mask_TxS[None, None, None]
     if segment_BxT is not None:
-        mask = mask & (segment_BxT[:, None, None, :, None] == segment_BxT[:, None, None, None, :])
+        own_BxT = segment_BxT
+        if num_queries < num_keys:
+            own_BxT = jax.lax.dynamic_slice_in_dim(segment_BxT, 0 if offset is None else offset, num_queries, axis=1)
+        mask = mask & (own_BxT[:, None, None, :, None] == segment_BxT[:, None, None, None, :])
     if visible_BxS is not None:
         mask = mask & visible_BxS[:, None, None, None, :]
     return mask
@@ -47,6 +54,43 @@ def attend(
     """softmax(q k / sqrt(H)) v, BxTxNxH, with the softmax in float32; query head n reads key head n // G.
     Causal unless told otherwise; `attention_mask` says who sees whom.
 
+    cuDNN's kernel has no mask but causality and a window: given a mask as an array it is three times slower, and then this is not.
+    Elsewhere a window that divides a longer row is computed in blocks.
+    """
+    q, offset_or_visible = q_BxTxNxH, offset is not None or visible_BxS is not None
+    masked = segment_BxT is not None or offset_or_visible
+    if kernels.used() and not masked and q.dtype == jnp.bfloat16 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128:
+        sees = (window - 1, 0) if window else None
+        return jax.nn.dot_product_attention(
+            q, k_BxSxKxH, v_BxSxKxH, is_causal=causal, local_window_size=sees, implementation="cudnn"
+        )
+    if window and causal and not offset_or_visible and in_blocks(window, q.shape[1]):
+        return attend_window(q, k_BxSxKxH, v_BxSxKxH, window=window, segment_BxT=segment_BxT)
+    return attend_plain(
+        q,
+        k_BxSxKxH,
+        v_BxSxKxH,
+        window=window,
+        segment_BxT=segment_BxT,
+        offset=offset,
+        causal=causal,
+        visible_BxS=visible_BxS,
+    )
+
+
+def attend_plain(
+    q_BxTxNxH: jax.Array,
+    k_BxSxKxH: jax.Array,
+    v_BxSxKxH: jax.Array,
+    *,
+    window: int | None = None,
+    segment_BxT: jax.Array | None = None,
+    offset: jax.Array | None = None,
+    causal: bool = True,
+    visible_BxS: jax.Array | None = None,
+) -> jax.Array:
+    """As `attend`, on every backend.
+
     Divided by the sum of the exponentials after the product with v and not before (Dao et al. 2022, Algorithm 1): the gradient's
     sums then run over H and not over S.
     """
@@ -62,3 +106,38 @@ def attend(
     sum_BxTxKxGx1 = jnp.moveaxis(exp_BxKxGxTxS.sum(-1), 3, 1)[..., None]
     y_BxTxKxGxH = jnp.einsum("bkgts,bskh->btkgh", exp_BxKxGxTxS.astype(v_BxSxKxH.dtype), v_BxSxKxH)
     return (y_BxTxKxGxH / sum_BxTxKxGx1.astype(y_BxTxKxGxH.dtype)).reshape(B, T, N, H)
+
+
+def attend_window(
+    q_BxTxNxH: jax.Array,
+    k_BxTxKxH: jax.Array,
+    v_BxTxKxH: jax.Array,
+    *,
+    window: int,
+    segment_BxT: jax.Array | None = None,
+) -> jax.Array:
+    """`attend_plain` with a window, causal and without a cache, at a cost of T x 2 window and not T x T; T is a multiple of the window.
+
+    The row is cut into blocks of `window` queries. The furthest key that the first query of a block sees is the second of the block
+    before, so that two blocks of keys are all that a block of queries needs: rows of their own for `attend_plain` (Beltagy et al. 2020,
+    section 3.1, cut their sliding window alike).
+    """
+    B, T = q_BxTxNxH.shape[:2]
+    blocks = T // window
+
+    def with_the_one_before(x: jax.Array) -> jax.Array:
+        x = x.reshape(B, blocks, window, *x.shape[2:])
+        before = jnp.pad(x[:, :-1], [(0, 0), (1, 0), *(x.ndim - 2) * [(0, 0)]])
+        return jnp.concatenate([before, x], axis=2).reshape(B * blocks, 2 * window, *x.shape[3:])
+
+    first = jnp.arange(B * blocks)[:, None] % blocks == 0
+    y = attend_plain(
+        q_BxTxNxH.reshape(B * blocks, window, *q_BxTxNxH.shape[2:]),
+        with_the_one_before(k_BxTxKxH),
+        with_the_one_before(v_BxTxKxH),
+        window=window,
+        segment_BxT=None if segment_BxT is None else with_the_one_before(segment_BxT),
+        offset=jnp.int32(window),
+        visible_BxS=~first | (jnp.arange(2 * window)[None, :] >= window),  # nothing stands before the first block
+    )
+    return y.reshape(q_BxTxNxH.shape)

@@ -21,7 +21,7 @@ from flax import linen as nn
 from llm_jax.config import Model
 from llm_jax.models.attention import attend
 from llm_jax.models.layers import Norm, normal, normal_out, project
-from llm_jax.models.transformer import MLP, Attention, Block, positions, rotation, sinusoids
+from llm_jax.models.transformer import MLP, Attention, Block, keep_for_maps, positions, rotation, sinusoids
 
 Params = Any
 
@@ -66,6 +66,7 @@ class CrossAttention(nn.Module):
             if cfg.qk_norm:
                 k_BxPxKxH = Norm("rmsnorm", "head", name="k_norm")(k_BxPxKxH)
             kv = (k_BxPxKxH, v_BxPxKxH)
+        keep_for_maps(self, q_BxTxNxH, kv[0])
         y_BxTxNxH = attend(q_BxTxNxH, *kv, causal=False, visible_BxS=visible_BxP)
         return project(y_BxTxNxH, out_NxHxD, 2), kv
 
@@ -129,7 +130,7 @@ class EncoderDecoder(nn.Module):
         def stack(block, layers: int, per_layer: bool, shared: int, **arguments):
             return nn.scan(
                 block,
-                variable_axes={"params": 0},
+                variable_axes={"params": 0, "attention": 0},
                 split_rngs={"params": True, "dropout": True},
                 in_axes=(0 if per_layer else nn.broadcast, *shared * (nn.broadcast,)),
                 length=layers,

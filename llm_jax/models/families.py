@@ -143,6 +143,34 @@ def _placing(cfg: Model, params: Params, media: Items, dropout_key: jax.Array | 
     return lambda x_BxTxD: encoders.place(x_BxTxD, embeddings_BxRxD, media.at_BxT)
 
 
+def check_attends(cfg: Model) -> None:
+    """Refuses a family without attention."""
+    if not (cfg.attends or cfg.family == "seq2seq_rnn"):
+        raise BadInput(f"model.family={cfg.family} has no attention; transformer, encoder_decoder and seq2seq_rnn have")
+
+
+def sown_attention(
+    cfg: Model, params: Params, tokens_BxT: jax.Array, segment_BxT: jax.Array | None = None, prefix: int = 0
+) -> dict[str, Any]:
+    """What attention reads, in all layers: (q_LxBxTxNxH, k_LxBxSxKxH), after norms and rotation, for "self" of a decoder-only model,
+    and for "encoder", "decoder" and "cross" of one with an encoder. Of seq2seq_rnn, {"weights": a_TxBxP}: softmaxed, of its one layer.
+
+    Raises BadInput for a family without attention, and for more tokens than the model has positions.
+    """
+    check_attends(cfg)
+    _check_room(cfg, tokens_BxT.shape[1], None, prefix)
+    read = (prefix,) if cfg.encodes else ()
+    _, sown = _module(cfg).apply({"params": params}, tokens_BxT, segment_BxT, None, *read, mutable=["attention"])
+    sown = sown["attention"]
+    if cfg.family == "seq2seq_rnn":
+        return {"weights": sown["decoder"]["weights"]}
+    if cfg.family == "transformer":
+        return {"self": sown["blocks"]["attention"]["queries_keys"]}
+    places = {"encoder": ("encoder_blocks", "attention"), "decoder": ("decoder_blocks", "attention")}
+    places["cross"] = ("decoder_blocks", "cross")
+    return {name: sown[block][layer]["queries_keys"] for name, (block, layer) in places.items()}
+
+
 def init_cache(cfg: Model, batch: int, length: int, prefix: int = 0) -> Any:
     """An empty cache for `batch` rows of at most `length` positions, of which `prefix` are those of an encoder.
 

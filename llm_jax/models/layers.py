@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+
+from llm_jax import kernels
+from llm_jax.kernels import norm
 
 
 def normal(axes: tuple[str, ...], fan_in: int) -> nn.initializers.Initializer:
@@ -30,14 +34,14 @@ class Norm(nn.Module):
     axis: str = "embed"
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def fork(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(x, norm of x): where a branch leaves the residual stream; see kernels/norm.py."""
         ones = nn.with_logical_partitioning(nn.initializers.ones_init(), (self.axis,))
         scale: Any = self.param("scale", ones, x.shape[-1:])
-        y = x.astype(jnp.float32)
-        if self.kind == "layernorm":
-            y = y - y.mean(-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + 1e-6)
-        return (y * jnp.broadcast_to(scale, y.shape)).astype(x.dtype)
+        return norm.fork(x, scale, self.kind)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.fork(x)[1]
 
 
 def project(x: jax.Array, kernel: jax.Array, num_in: int = 1) -> jax.Array:
@@ -52,7 +56,16 @@ def project(x: jax.Array, kernel: jax.Array, num_in: int = 1) -> jax.Array:
 
 
 def activate(kind: str, up: jax.Array, gate: jax.Array | None = None) -> jax.Array:
-    """The hidden layer of an MLP: GELU (its tanh form), SwiGLU (Shazeer 2020), squared ReLU (So et al. 2021) or ReLU."""
+    """The hidden layer of an MLP: GELU (its tanh form), SwiGLU (Shazeer 2020), squared ReLU (So et al. 2021) or ReLU.
+
+    On a GPU the backward pass computes it anew from `up` and `gate`: else XLA writes and reads what its derivative shares with it,
+    half as many bytes again.
+    """
+    function = functools.partial(_activate, kind)
+    return jax.checkpoint(function)(up, gate) if kernels.used() else function(up, gate)
+
+
+def _activate(kind: str, up: jax.Array, gate: jax.Array | None) -> jax.Array:
     if kind == "swiglu":
         assert gate is not None
         return jax.nn.silu(gate) * up

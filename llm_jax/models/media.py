@@ -16,7 +16,7 @@ from flax import linen as nn
 
 from llm_jax.config import Model
 from llm_jax.models.layers import Norm, activate, normal, project
-from llm_jax.models.transformer import Block, sinusoids
+from llm_jax.models.transformer import KEPT, Block, sinusoids
 
 
 class Items(NamedTuple):
@@ -96,7 +96,7 @@ def blocks(cfg: Model, train: bool):
     the norm behind them."""
     encoder = cfg.media_encoder
     layers = nn.scan(
-        Block,
+        Block if encoder.recompute == "nothing" else nn.remat(Block, policy=KEPT[encoder.recompute]),
         variable_axes={"params": 0},
         split_rngs={"params": True, "dropout": True},
         in_axes=5 * (nn.broadcast,),

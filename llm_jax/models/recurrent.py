@@ -40,6 +40,7 @@ def lstm_cell(gates_BxZxD: jax.Array, c_BxD: jax.Array) -> tuple[jax.Array, jax.
 
 
 def rnn_cell(gates_BxZxD: jax.Array, c_BxD: None) -> tuple[jax.Array, None]:
+    """(h, None) after one step, h = tanh of the sum of products and bias (Elman 1990)."""
     return jnp.tanh(gates_BxZxD[:, 0]), None
 
 

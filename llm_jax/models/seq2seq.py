@@ -114,15 +114,19 @@ class AttendingLayer(nn.Module):
         w_Dx_: Any = jnp.concatenate([query_DxD, w_DxZxD.reshape(width, -1)], axis=1).astype(dtype)
         context_DxZxD, score_D = context_DxZxD.astype(dtype), score_D.astype(dtype)
 
+        kept = self.is_mutable_collection("attention")  # the weights of each step, which training does not read again
+
         def step(state, x_BxZxD):
             h_BxD, c_BxD = state
             both_Bx_ = h_BxD @ w_Dx_
-            context_BxD, _ = align(both_Bx_[:, :width], keys_BxPxD, score_D, source_BxPxD, visible_BxP)
+            context_BxD, a_BxP = align(both_Bx_[:, :width], keys_BxPxD, score_D, source_BxPxD, visible_BxP)
             gates_BxZxD = x_BxZxD + both_Bx_[:, width:].reshape(x_BxZxD.shape) + project(context_BxD, context_DxZxD)
             state = lstm_cell(gates_BxZxD, c_BxD)
-            return state, (state[0], context_BxD)
+            return state, (state[0], context_BxD, a_BxP if kept else None)
 
-        state, (h_TxBxD, context_TxBxD) = jax.lax.scan(step, state, x_TxBxZxD)
+        state, (h_TxBxD, context_TxBxD, a_TxBxP) = jax.lax.scan(step, state, x_TxBxZxD)
+        if kept:
+            self.sow("attention", "weights", a_TxBxP, init_fn=lambda: None, reduce_fn=lambda _, new: new)
         y_TxBxD = h_TxBxD + project(context_TxBxD, out_DxD)
         return x_TxBxD + nn.Dropout(cfg.dropout, deterministic=not self.train)(y_TxBxD), state
 

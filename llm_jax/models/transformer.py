@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from llm_jax.config import Model
 from llm_jax.models.attention import attend
@@ -37,6 +38,17 @@ class Cache(NamedTuple):
         return self.k_LxBxSxKxH.shape[2]
 
 
+def _kept(*names: str):
+    """A policy of jax.checkpoint: values under one of these names, and with any of them cuDNN's attention and its normalisers."""
+    named = jax.checkpoint_policies.save_only_these_names(*names)
+    return lambda primitive, *a, **k: (names and primitive.name == CUDNN) or named(primitive, *a, **k)
+
+
+CUDNN = "dot_product_attention_fwd_wrapper"
+KEPT = {"elementwise": _kept("attention", "hidden"), "hidden": _kept("attention"), "block": _kept()}
+"""By `Model.recompute`: what the backward pass finds of a block beside its input."""
+
+
 def rotation(positions_BxT: jax.Array, cfg: Model) -> tuple[jax.Array, jax.Array]:
     """Cosine and sine of each position's angles, BxTx1xH/2 in the dtype of the computation (Su et al. 2021, eq. 15)."""
     half = cfg.head_width // 2
@@ -59,6 +71,11 @@ def sinusoids(positions_BxT: jax.Array, width: int) -> jax.Array:
     return jnp.concatenate([jnp.sin(angle_BxTxD), jnp.cos(angle_BxTxD)], axis=-1)
 
 
+def keep_for_maps(module: nn.Module, q_BxTxNxH: jax.Array, k_BxSxKxH: jax.Array) -> None:
+    """Sows queries and keys in the collection "attention" where a caller makes it mutable, as maps.py does; else for nothing."""
+    module.sow("attention", "queries_keys", (q_BxTxNxH, k_BxSxKxH), init_fn=lambda: None, reduce_fn=lambda _, new: new)
+
+
 class Attention(nn.Module):
     """Grouped-query attention (Ainslie et al. 2023); multi-head when K == N, multi-query when K == 1."""
 
@@ -75,7 +92,9 @@ class Attention(nn.Module):
         out_NxHxD = self.param(
             "out", normal_out(("heads", "head", "embed"), heads * width, cfg.num_layers), (heads, width, cfg.d_model)
         )
-        q_BxTxNxH, k_BxTxKxH, v_BxTxKxH = (project(x_BxTxD, kernel) for kernel in (q_DxNxH, k_DxKxH, v_DxKxH))
+        q_BxTxNxH, k_BxTxKxH, v_BxTxKxH = (
+            checkpoint_name(project(x_BxTxD, kernel), "attention") for kernel in (q_DxNxH, k_DxKxH, v_DxKxH)
+        )
         if cfg.qk_norm:
             q_BxTxNxH = Norm("rmsnorm", "head", name="q_norm")(q_BxTxNxH)
             k_BxTxKxH = Norm("rmsnorm", "head", name="k_norm")(k_BxTxKxH)
@@ -85,6 +104,7 @@ class Attention(nn.Module):
             k_BxTxKxH = jax.lax.dynamic_update_slice_in_dim(cache[0], k_BxTxKxH, length, axis=1)
             v_BxTxKxH = jax.lax.dynamic_update_slice_in_dim(cache[1], v_BxTxKxH, length, axis=1)
             cache = (k_BxTxKxH, v_BxTxKxH)
+        keep_for_maps(self, q_BxTxNxH, k_BxTxKxH)
         y_BxTxNxH = attend(
             q_BxTxNxH,
             k_BxTxKxH,
@@ -95,7 +115,7 @@ class Attention(nn.Module):
             causal=self.causal,
             visible_BxS=visible_BxS,
         )
-        return project(y_BxTxNxH, out_NxHxD, 2), cache
+        return checkpoint_name(project(checkpoint_name(y_BxTxNxH, "attention"), out_NxHxD, 2), "attention"), cache
 
 
 class MLP(nn.Module):
@@ -110,10 +130,10 @@ class MLP(nn.Module):
         down_FxD = self.param(
             "down", normal_out(("mlp", "embed"), cfg.ff_width, cfg.num_layers), (cfg.ff_width, cfg.d_model)
         )
-        up_BxTxF, gate_BxTxF = project(x_BxTxD, up_DxF), None
+        up_BxTxF, gate_BxTxF = checkpoint_name(project(x_BxTxD, up_DxF), "hidden"), None
         if cfg.mlp == "swiglu":
             gate_DxF = self.param("gate", normal(("embed", "mlp"), cfg.d_model), (cfg.d_model, cfg.ff_width))
-            gate_BxTxF = project(x_BxTxD, gate_DxF)
+            gate_BxTxF = checkpoint_name(project(x_BxTxD, gate_DxF), "hidden")
         return project(activate(cfg.mlp, up_BxTxF, gate_BxTxF), down_FxD)
 
 
@@ -132,9 +152,10 @@ class Block(nn.Module):
         mlp = Mixture(cfg, self.train, name="mlp") if cfg.experts.number else MLP(cfg, name="mlp")
         norm1, norm2 = Norm(cfg.norm, name="norm1"), Norm(cfg.norm, name="norm2")
         if cfg.norm_position == "pre":
-            y_BxTxD, cache = attention(norm1(x_BxTxD), angles, segment_BxT, cache, length, visible_BxS)
-            x_BxTxD += dropout(y_BxTxD)
-            x_BxTxD += dropout(mlp(norm2(x_BxTxD)))
+            x_BxTxD, y_BxTxD = norm1.fork(x_BxTxD)
+            y_BxTxD, cache = attention(y_BxTxD, angles, segment_BxT, cache, length, visible_BxS)
+            x_BxTxD, y_BxTxD = norm2.fork(x_BxTxD + dropout(y_BxTxD))
+            x_BxTxD += dropout(mlp(y_BxTxD))
         else:
             y_BxTxD, cache = attention(x_BxTxD, angles, segment_BxT, cache, length, visible_BxS)
             x_BxTxD = norm1(x_BxTxD + dropout(y_BxTxD))
@@ -183,8 +204,8 @@ class Transformer(nn.Module):
             x_BxTxD += sinusoids(positions_BxT, cfg.d_model).astype(dtype)
         x_BxTxD = nn.Dropout(cfg.dropout, deterministic=not self.train)(x_BxTxD)
         layers = nn.scan(
-            Block,
-            variable_axes={"params": 0, "routing": 0},
+            Block if cfg.recompute == "nothing" else nn.remat(Block, policy=KEPT[cfg.recompute]),
+            variable_axes={"params": 0, "routing": 0, "attention": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(0 if cache is not None else nn.broadcast, *4 * (nn.broadcast,)),
             length=cfg.num_layers,

@@ -23,6 +23,7 @@ class Checkpoints:
         )
 
     def steps(self) -> list[int]:
+        """Those saved whole, ascending."""
         return sorted(self._manager.all_steps())
 
     def save(self, step: int, state: Any, iterator: grain.DatasetIterator) -> None:
@@ -39,4 +40,5 @@ class Checkpoints:
         return self._manager.restore(step, args=ocp.args.Composite(**items))["state"]
 
     def close(self) -> None:
+        """Returns when the last save is on disk."""
         self._manager.close()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from llm_jax import kernels
 from llm_jax.config import Experts
+from llm_jax.kernels import cross_entropy as fused
 
 
 def token_nll(logits_BxTxV: jax.Array, targets_BxT: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -30,6 +32,10 @@ def cross_entropy(
 
     The z-term keeps the softmax normaliser near 1 (Chowdhery et al. 2022, section 5).
     """
+    if kernels.used():
+        flat = logits_BxTxV.reshape(-1, logits_BxTxV.shape[-1]), targets_BxT.reshape(-1), weights_BxT.reshape(-1)
+        total, nll = fused.summed(*flat, label_smoothing, z_loss)
+        return total, {"nll": nll, "weight": weights_BxT.sum()}
     nll_BxT, lse_BxT = token_nll(logits_BxTxV, targets_BxT)
     sums = {"nll": (nll_BxT * weights_BxT).sum(), "weight": weights_BxT.sum()}
     total = sums["nll"]

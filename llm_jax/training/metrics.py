@@ -47,6 +47,7 @@ class Metrics:
         return step + int(bad[0]) if len(bad) else None
 
     def write_evaluation(self, step: int, cfg: Config, evaluation: Evaluation) -> None:
+        """One line for an evaluation after `step` steps: its fields, as eval_NAME."""
         line = {"step": step, "tokens": step * int(cfg.train.tokens_per_step)}
         self._write(line | {f"eval_{name}": value for name, value in evaluation._asdict().items()})
 
@@ -57,6 +58,7 @@ class Metrics:
                 self._events.add_scalar(name, value, line["step"])
 
     def close(self) -> None:
+        """Closes metrics.jsonl and the events."""
         self._file.close()
         self._events.close()
 

@@ -70,6 +70,8 @@ def loss_fn(model: Model, train: Train, prefix: int = 0) -> LossFn:
             batch.get("media"),
         )
         targets_BxT, weights_BxT = _targets(batch, prefix)
+        # What the head's product gave, before it was made float32: half the bytes in bfloat16.
+        logits_BxTxV = logits_BxTxV.astype(model.dtype)
         total, sums = cross_entropy(logits_BxTxV, targets_BxT, weights_BxT, train.z_loss, train.label_smoothing)
         if not routing:
             return total, sums

@@ -23,18 +23,11 @@ MODELS = {
     "lstm": replace(BASE, family="lstm"),
 }
 SEARCHED = [("encoder_decoder", 1.5), ("seq2seq_rnn", 1.5), ("transformer", 1.5), ("encoder_decoder", 0.0)]
+pytestmark = pytest.mark.usefixtures("quick_compilation")  # most of this file is compiling
 every_model = pytest.mark.parametrize("cfg", MODELS.values(), ids=MODELS)
 PROMPT = np.asarray([[0, 1, 2, 0], [1, 1, 0, 1], [2, 1, 0, 2]], np.int32)
 SEGMENTS = np.asarray([[0, 0, 0, 0], [0, 0, 0, 0], [1, 0, 0, 0]], np.int32)
 """The last prompt is a token shorter, behind padding."""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Most of this file is compiling."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @functools.lru_cache

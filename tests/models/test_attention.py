@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm_jax.models.attention import attend, attention_mask
+from llm_jax.models.attention import attend, attend_plain, attend_window, attention_mask
 
 B, T, H = 2, 7, 6
 compiled = jax.jit(attend, static_argnames="window")
@@ -119,3 +119,39 @@ def test_bfloat16_stays_within_its_rounding():
     # normalisation that of all others, by a factor exp(e). Weights and output are rounded once each.
     bound = 2**-8 * (2 * 2 * np.abs(scores).max() / np.sqrt(H) + 2) * np.abs(np.asarray(v, np.float64)).max()
     assert 0 < np.abs(np.asarray(out, np.float64) - expected).max() < bound
+
+
+# Uneven documents: ends inside of blocks, at their edges and across several; one id comes back, which no packer writes.
+UNEVEN_BxT = np.array(
+    [np.repeat([1, 2, 3, 4, 5], [1, 9, 2, 4, 8]), np.repeat([7, 8, 7, 0, 9], [4, 4, 5, 10, 1])], np.int32
+)
+
+
+@pytest.mark.parametrize("segment_BxT", [None, UNEVEN_BxT], ids=["no segments", "uneven documents"])
+@pytest.mark.parametrize("window", [1, 4, 8])
+def test_blocks_of_a_window_equal_the_plain_product(window, segment_BxT):
+    """Blocks are where a window goes wrong unseen: a query at an edge that misses a key, or sees one too many, still trains."""
+    rng = np.random.default_rng(5)
+    q, k, v, dy = (jnp.asarray(rng.normal(size=(2, 24, heads, H)), jnp.float32) for heads in (4, 2, 2, 4))
+
+    def value_and_grads(attention):
+        out, pull_back = jax.vjp(lambda q, k, v: attention(q, k, v, window=window, segment_BxT=segment_BxT), q, k, v)
+        return out, *pull_back(dy)
+
+    for ours, plain in zip(value_and_grads(attend_window), value_and_grads(attend_plain), strict=True):
+        np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        attend_window(q, k, v, window=window, segment_BxT=segment_BxT), loops(q, k, v, window, segment_BxT), atol=1e-5
+    )
+
+
+def test_blocks_of_a_window_never_form_the_square():
+    """The reason for blocks: FLOPs as compiled grow with T x window, those of the plain product with T x T."""
+
+    def flops(attention, num_keys):
+        x = jnp.zeros((1, num_keys, 2, H))
+        return jax.jit(lambda x: attention(x, x, x, window=8)).lower(x).compile().cost_analysis()["flops"]
+
+    assert flops(attend, 512) == flops(attend_window, 512)
+    assert flops(attend_window, 512) == pytest.approx(4 * flops(attend_window, 128), rel=0.05)
+    assert flops(attend_plain, 512) > 12 * flops(attend_plain, 128)

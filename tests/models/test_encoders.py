@@ -11,13 +11,30 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
+from numerics import (
+    VOCAB,
+    B,
+    T,
+    assert_close,
+    assert_gradient,
+    change_token,
+    in_float64,
+    layers_of,
+    mean_nll,
+    random_params,
+    random_tokens,
+    reference_mlp,
+    reference_norm,
+    reference_rotation,
+    sigmoid,
+)
 
 from llm_jax.config import Config, Data, Model
 from llm_jax.generation import sampling
 from llm_jax.models import families
 from llm_jax.settings import BadInput
 
-VOCAB, B, T, P = 17, 2, 9, 4
+P = 4
 BASE = Model(vocab_size=VOCAB, num_layers=2, d_model=16, d_ff=24)
 VASWANI = replace(
     BASE,
@@ -37,15 +54,8 @@ MODELS = {
     "bahdanau": replace(BASE, family="seq2seq_rnn", num_layers=1, num_encoder_layers=2),
     "deep rnn": replace(BASE, family="seq2seq_rnn", num_layers=3, num_encoder_layers=1, tie_embeddings=False),
 }
+pytestmark = pytest.mark.usefixtures("quick_compilation")  # nine tenths of this file is compiling
 every_model = pytest.mark.parametrize("cfg", MODELS.values(), ids=MODELS)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Nine tenths of this file is compiling; with XLA's costlier passes off it takes a third less."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 6))
@@ -53,57 +63,12 @@ def run(cfg, params, tokens_BxT, segment_BxT=None, cache=None, dropout_key=None,
     return families.apply(cfg, params, tokens_BxT, segment_BxT, cache, dropout_key, prefix)
 
 
-def path_name(path) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-@functools.lru_cache
-def random_params(cfg: Model):
-    rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(functools.partial(families.init, cfg), jax.random.key(0))
-
-    def draw(path, leaf):
-        mean = 1.0 if path_name(path).endswith("scale") else 0.0
-        return jnp.asarray(mean + 0.3 * rng.normal(size=leaf.shape), leaf.dtype)
-
-    return jax.tree_util.tree_map_with_path(draw, shapes)
-
-
-def random_tokens(seed: int = 0, shape=(B, T)) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, VOCAB, shape, dtype=np.int32)
-
-
-def assert_close(actual, expected, tolerance: float = 2e-5) -> None:
-    """Largest difference as a share of the largest expected value."""
-    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
-    assert actual.shape == expected.shape
-    assert np.abs(actual - expected).max() <= tolerance * np.abs(expected).max()
-
-
 # The references: one row at a time, one head and one step at a time, in float64.
-
-
-def in_float64(params):
-    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
-
-
-def layers_of(blocks, number):
-    return [jax.tree.map(lambda leaf, i=i: leaf[i], blocks) for i in range(number)]
-
-
-def sigmoid(x):
-    return 1 / (1 + np.exp(-x))
 
 
 def softmax(x):
     e = np.exp(x - x.max(-1, keepdims=True))
     return e / e.sum(-1, keepdims=True)
-
-
-def reference_norm(kind, x, scale):
-    if kind == "layernorm":
-        x = x - x.mean(-1, keepdims=True)
-    return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * scale
 
 
 def reference_attention(cfg, p, x, source, causal, rotary):
@@ -114,28 +79,12 @@ def reference_attention(cfg, p, x, source, causal, rotary):
         if cfg.qk_norm:
             q, k = (reference_norm("rmsnorm", y, p[f"{i}_norm"]["scale"]) for i, y in (("q", q), ("k", k)))
         if rotary:
-            q, k = turned(q, cfg.rope_theta), turned(k, cfg.rope_theta)
+            q, k = reference_rotation(q, cfg.rope_theta), reference_rotation(k, cfg.rope_theta)
         scores = q @ k.T / np.sqrt(cfg.head_width)
         if causal:
             scores = np.where(np.tri(len(x), dtype=bool), scores, -np.inf)
         out = out + softmax(scores) @ v @ p["out"][n]
     return out
-
-
-def turned(x, theta):
-    """Pairs (i, i + H/2) as complex numbers, turned by position x theta^(-2i/H)."""
-    half = x.shape[-1] // 2
-    z = x[:, :half] + 1j * x[:, half:]
-    z = z * np.exp(1j * np.arange(len(x))[:, None] * theta ** (-np.arange(half) / half))
-    return np.concatenate([z.real, z.imag], axis=-1)
-
-
-def reference_mlp(cfg, p, x):
-    up = x @ p["up"]
-    if cfg.mlp == "swiglu":
-        gate = x @ p["gate"]
-        return (gate * sigmoid(gate) * up) @ p["down"]
-    return np.maximum(up, 0) ** (1 if cfg.mlp == "relu" else 2) @ p["down"]
 
 
 def reference_transformer(cfg, params, source, target):
@@ -240,7 +189,7 @@ def test_logits_equal_the_reference(cfg):
     assert logits_BxTxV.dtype == jnp.float32
     assert logits_BxTxV.shape == (B, T - P, VOCAB)
     exact = in_float64(params)
-    assert_close(logits_BxTxV, np.stack([reference(cfg, exact, row[:P], row[P:]) for row in tokens_BxT]))
+    assert_close(logits_BxTxV, np.stack([reference(cfg, exact, row[:P], row[P:]) for row in tokens_BxT]), 2e-5)
 
 
 @every_model
@@ -249,9 +198,7 @@ def test_the_source_is_seen_whole_and_the_target_never_ahead(cfg):
     params, tokens_BxT = random_params(cfg), random_tokens()
     before = np.asarray(run(cfg, params, tokens_BxT))
     for t in range(T):
-        changed_BxT = tokens_BxT.copy()
-        changed_BxT[:, t] = (changed_BxT[:, t] + 1) % VOCAB
-        moved_BxT = (np.asarray(run(cfg, params, changed_BxT)) != before).any(-1)
+        moved_BxT = (np.asarray(run(cfg, params, change_token(tokens_BxT, t))) != before).any(-1)
         expected = np.arange(T - P) >= t - P
         np.testing.assert_array_equal(moved_BxT, np.broadcast_to(expected, moved_BxT.shape))
 
@@ -286,11 +233,7 @@ def test_decoding_with_a_cache_equals_the_full_pass(cfg, room):
             first = (segments[:, :end] if room else None, cache, None, prefix) if i == 0 else (None, cache, None, 0)
             step_BxCxV, cache = run(cfg, params, tokens[:, start:end], *first)
             logits.append(step_BxCxV)
-        assert_close(np.concatenate(logits, axis=1), expected_BxTxV)
-
-
-def mean_nll(logits_TxV, targets_T):
-    return np.mean(np.log(np.exp(logits_TxV).sum(-1)) - logits_TxV[np.arange(len(targets_T)), targets_T])
+        assert_close(np.concatenate(logits, axis=1), expected_BxTxV, 2e-5)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5))
@@ -305,31 +248,16 @@ def gradient(cfg, params, tokens_BxT, targets_BxT, segment_BxT=None, prefix=P):
 @every_model
 @pytest.mark.parametrize("room", [0, 2])
 def test_gradients_equal_finite_differences(cfg, room):
-    """The float32 gradient against central differences of the float64 reference, which knows of no padding.
-
-    Each array moves along its own gradient, which shows a wrong length, and in a random direction, which shows what it lacks.
-    """
+    """The float32 gradient against central differences of the float64 reference, which knows of no padding."""
     params, tokens_BxT, targets_BxT = random_params(cfg), random_tokens(0), random_tokens(1, (B, T - P))
     tokens, segments, prefix = padded(cfg, tokens_BxT, room, room, 3)
-    grads = in_float64(gradient(cfg, params, tokens, targets_BxT, segments if room else None, prefix))
-    exact, rng = in_float64(params), np.random.default_rng(2)
 
     def loss_of(params) -> float:
         rows = zip(tokens_BxT, targets_BxT, strict=True)
         return float(np.mean([mean_nll(reference(cfg, params, row[:P], row[P:]), targets) for row, targets in rows]))
 
-    for path, grad in jax.tree_util.tree_leaves_with_path(grads):
-        norm = np.linalg.norm(grad)
-        assert all(np.abs(layer).max() > 1e-7 for layer in (grad if "blocks" in path_name(path) else [grad]))
-        random = rng.normal(size=grad.shape)
-        for direction in (grad / norm, random / np.linalg.norm(random)):
-
-            def loss_at(step, direction=direction, path=path):
-                moved = jax.tree_util.tree_map_with_path(lambda q, x: x + step * direction if q == path else x, exact)
-                return loss_of(moved)
-
-            slope = (loss_at(1e-5) - loss_at(-1e-5)) / 2e-5
-            assert abs(slope - np.sum(grad * direction)) <= 3e-5 * norm, path_name(path)
+    grads = gradient(cfg, params, tokens, targets_BxT, segments if room else None, prefix)
+    assert_gradient(grads, loss_of, params, h=1e-5, tolerance=3e-5, least=1e-7)
 
 
 @every_model
@@ -399,7 +327,7 @@ def test_families_without_an_encoder_read_the_same_rows(family):
     cache, end = families.init_cache(cfg, B, T + 3), prefix + 2
     first, cache = run(cfg, params, tokens[:, :end], segments[:, :end], cache, prefix=prefix)
     second, _ = run(cfg, params, tokens[:, end : T + 3], None, cache, prefix=0)
-    assert_close(np.concatenate([first, second], axis=1), whole[:, P:])
+    assert_close(np.concatenate([first, second], axis=1), whole[:, P:], 2e-5)
 
 
 def test_settings_without_a_meaning_are_refused():

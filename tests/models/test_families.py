@@ -12,12 +12,30 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from jax.sharding import PartitionSpec
+from numerics import (
+    VOCAB,
+    B,
+    SEGMENT_BxT,
+    T,
+    assert_close,
+    assert_gradient,
+    change_token,
+    decode,
+    gradient_and_logits,
+    in_float64,
+    layers_of,
+    mean_nll,
+    random_params,
+    random_tokens,
+    reference_norm,
+    run,
+    sigmoid,
+)
 
 from llm_jax.config import Model
 from llm_jax.generation import sampling
 from llm_jax.models import families, recurrent
 
-VOCAB, B, T = 19, 2, 9
 BASE = Model(vocab_size=VOCAB, num_layers=2, d_model=16, d_ff=24, family="lstm")
 MODELS = {
     "lstm": BASE,
@@ -27,63 +45,16 @@ MODELS = {
     "feedforward, direct": replace(BASE, family="feedforward", ngram_order=3, direct_connections=True),
     "feedforward, bigram": replace(BASE, family="feedforward", ngram_order=2),
 }
+pytestmark = pytest.mark.usefixtures("quick_compilation")  # nine tenths of this file is compiling
 every_model = pytest.mark.parametrize("cfg", MODELS.values(), ids=MODELS)
 RECURRENT = [name for name in MODELS if "feedforward" not in name]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Nine tenths of this file is compiling; with XLA's costlier passes off it takes a third less."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-run = jax.jit(families.apply, static_argnums=0)
-
-
-def path_name(path) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-@functools.lru_cache
-def random_params(cfg: Model, seed: int = 0):
-    rng = np.random.default_rng(seed)
-    shapes = jax.eval_shape(functools.partial(families.init, cfg), jax.random.key(0))
-
-    def draw(path, leaf):
-        mean = 1.0 if path_name(path).endswith("scale") else 0.0
-        return jnp.asarray(mean + 0.3 * rng.normal(size=leaf.shape), leaf.dtype)
-
-    return jax.tree_util.tree_map_with_path(draw, shapes)
-
-
-def random_tokens(seed: int = 0, shape=(B, T)) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, VOCAB, shape, dtype=np.int32)
-
-
-def assert_close(actual, expected, tolerance: float = 1e-5) -> None:
-    """Largest difference as a share of the largest expected value."""
-    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
-    assert actual.shape == expected.shape
-    assert np.abs(actual - expected).max() <= tolerance * np.abs(expected).max()
 
 
 # The references: one row at a time and one step at a time, in float64.
 
 
-def sigmoid(x):
-    return 1 / (1 + np.exp(-x))
-
-
-def reference_norm(kind: str, x, scale):
-    if kind == "layernorm":
-        x = x - x.mean()
-    return x / np.sqrt((x**2).mean() + 1e-6) * scale
-
-
 def reference_recurrent(cfg: Model, params, tokens_T) -> np.ndarray:
-    layers = [jax.tree.map(lambda leaf, layer=layer: leaf[layer], params["blocks"]) for layer in range(cfg.num_layers)]
+    layers = layers_of(params["blocks"], cfg.num_layers)
     h, c = np.zeros((2, cfg.num_layers, cfg.d_model))
     logits = []
     for token in tokens_T:
@@ -123,10 +94,6 @@ def reference(cfg: Model, params, tokens_T) -> np.ndarray:
     return (reference_feedforward if cfg.family == "feedforward" else reference_recurrent)(cfg, params, tokens_T)
 
 
-def in_float64(params):
-    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
-
-
 @every_model
 def test_logits_equal_the_reference(cfg):
     """The model is the equations of its papers; gates in another order still train, only worse."""
@@ -134,22 +101,6 @@ def test_logits_equal_the_reference(cfg):
     logits_BxTxV = run(cfg, params, tokens_BxT)
     assert logits_BxTxV.dtype == jnp.float32
     assert_close(logits_BxTxV, np.stack([reference(cfg, in_float64(params), row) for row in tokens_BxT]))
-
-
-def mean_nll(logits_TxV, targets_T):
-    return np.mean(np.log(np.exp(logits_TxV).sum(-1)) - logits_TxV[np.arange(len(targets_T)), targets_T])
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def gradient(cfg, params, tokens_BxT, targets_BxT, segment_BxT=None):
-    def loss(params):
-        log_p_BxTxV = jax.nn.log_softmax(families.apply(cfg, params, tokens_BxT, segment_BxT))
-        return -jnp.take_along_axis(log_p_BxTxV, targets_BxT[:, :, None], axis=-1).mean()
-
-    return jax.grad(loss)(params)
-
-
-SEGMENT_BxT = np.array([[1, 1, 1, 1, 2, 2, 2, 2, 2], [7, 3, 3, 4, 4, 4, 4, 0, 0]], np.int32)
 
 
 def documents(row_T, segment_T):
@@ -161,13 +112,10 @@ def documents(row_T, segment_T):
 def test_gradients_equal_finite_differences(cfg, packed):
     """The float32 gradient, by the recurrence's own backward pass, against central differences of the float64 reference.
 
-    Each array moves along its own gradient, which shows a wrong length, and in a random direction, which shows what the
-    gradient lacks. Packed rows are read by the reference a document at a time.
+    Packed rows are read by the reference a document at a time.
     """
     params, tokens_BxT, targets_BxT = random_params(cfg), random_tokens(0), random_tokens(1)
     segment_BxT = SEGMENT_BxT if packed else np.zeros_like(SEGMENT_BxT)
-    grads = in_float64(gradient(cfg, params, tokens_BxT, targets_BxT, segment_BxT if packed else None))
-    exact, rng = in_float64(params), np.random.default_rng(2)
 
     def loss_of(params) -> float:
         rows = [
@@ -176,18 +124,8 @@ def test_gradients_equal_finite_differences(cfg, packed):
         ]
         return float(np.mean([mean_nll(row, targets) for row, targets in zip(rows, targets_BxT, strict=True)]))
 
-    for path, grad in jax.tree_util.tree_leaves_with_path(grads):
-        norm = np.linalg.norm(grad)
-        assert all(np.abs(layer).max() > 1e-6 for layer in (grad if "blocks" in path_name(path) else [grad]))
-        random = rng.normal(size=grad.shape)
-        for direction in (grad / norm, random / np.linalg.norm(random)):
-
-            def loss_at(step, direction=direction, path=path):
-                moved = jax.tree_util.tree_map_with_path(lambda q, x: x + step * direction if q == path else x, exact)
-                return loss_of(moved)
-
-            slope = (loss_at(1e-4) - loss_at(-1e-4)) / 2e-4  # off by O(1e-8) of the third derivative
-            assert abs(slope - np.sum(grad * direction)) <= 1e-5 * norm, path_name(path)
+    grads, _ = gradient_and_logits(cfg, params, tokens_BxT, targets_BxT, segment_BxT if packed else None)
+    assert_gradient(grads, loss_of, params)
 
 
 @every_model
@@ -195,9 +133,8 @@ def test_gradients_equal_finite_differences(cfg, packed):
 def test_a_token_moves_no_logits_before_it_and_all_that_see_it(cfg, t):
     """A model that sees ahead reaches any loss. A recurrence reaches on to the end, n tokens reach n - 1 on."""
     params, tokens_BxT = random_params(cfg), random_tokens()
-    changed_BxT = tokens_BxT.copy()
-    changed_BxT[:, t] = (changed_BxT[:, t] + 1) % VOCAB
-    rows = np.asarray(run(cfg, params, tokens_BxT) != run(cfg, params, changed_BxT)).any(-1)
+    before, after = run(cfg, params, tokens_BxT), run(cfg, params, change_token(tokens_BxT, t))
+    rows = np.asarray(before != after).any(-1)
     end = T if cfg.family != "feedforward" else min(T, t + cfg.ngram_order - 1)
     for row in rows:
         assert np.flatnonzero(row).tolist() == list(range(t, end))
@@ -219,12 +156,7 @@ def test_decoding_with_a_cache_equals_the_full_pass(cfg):
     params, tokens_BxT = random_params(cfg), random_tokens()
     expected_BxTxV = run(cfg, params, tokens_BxT)
     for chunks in [(1,) * T, (4, 4, 1), (2, 1, 5, 1)]:
-        cache, logits, start = families.init_cache(cfg, B, T), [], 0
-        for chunk in chunks:
-            step_BxCxV, cache = run(cfg, params, tokens_BxT[:, start : start + chunk], None, cache)
-            logits.append(step_BxCxV)
-            start += chunk
-        assert_close(np.concatenate(logits, axis=1), expected_BxTxV)
+        assert_close(decode(cfg, params, tokens_BxT, chunks, families.init_cache(cfg, B, T)), expected_BxTxV)
 
 
 @every_model
@@ -336,7 +268,7 @@ def test_bfloat16_is_near_float32(cfg):
     assert rounded.dtype == jnp.float32
     error = np.sqrt(np.square(exact - rounded).mean() / np.square(exact).mean())
     assert 2**-10 < error < 0.03
-    grads = jax.eval_shape(functools.partial(gradient, half), params, tokens_BxT, tokens_BxT)
+    grads = jax.eval_shape(functools.partial(gradient_and_logits, half), params, tokens_BxT, tokens_BxT)[0]
     assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
     cache = families.init_cache(half, B, T)
     after = jax.eval_shape(functools.partial(families.apply, half), params, tokens_BxT, None, cache)[1]

@@ -18,6 +18,7 @@ from llm_jax.models.media import Items
 from llm_jax.settings import BadInput
 from llm_jax.training import pretrain
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 SEES = Media(kind="image", items=2, size=8, patch=4, channels=3, num_layers=2, d_model=16)
 HEARS = Media(kind="audio", items=2, frames=8, mel_bins=6, num_layers=2, d_model=16)
 IMAGE = Model(num_layers=1, d_model=32, scan_layers=True, media=SEES)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
+from numerics import VOCAB, B, T, assert_close, change_token, decode, random_params, random_tokens, run
 
 from llm_jax import parts
 from llm_jax.config import Experts, Model, Train
@@ -30,7 +31,6 @@ VARIANTS = {
     "expert choice": Experts(number=4, per_token=2, routing="expert", balance="none"),
     "one expert": Experts(number=1, per_token=1, normalize=False, balance="none"),
 }
-VOCAB, B, T = 19, 2, 9
 SMALL = Model(vocab_size=VOCAB, num_layers=2, d_model=16, num_heads=4, d_ff=24)
 
 every_variant = pytest.mark.parametrize("experts", VARIANTS.values(), ids=VARIANTS)
@@ -79,13 +79,6 @@ def loop_over_experts(model: Model, params: moe.Params, x_MxD: jax.Array, kept_M
     y_MxD = mlp(shared) if shared else jnp.zeros_like(x_MxD)
     routed = {name: params[name] for name in ("up", "gate", "down") if name in params}
     return jax.lax.scan(add_expert, y_MxD, (weight_MxE.T, routed))[0]
-
-
-def assert_close(actual, expected, tolerance: float) -> None:
-    """Largest difference as a share of the largest expected value."""
-    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
-    assert actual.shape == expected.shape
-    assert np.abs(actual - expected).max() <= tolerance * np.abs(expected).max()
 
 
 LARGE = Model(
@@ -267,25 +260,7 @@ def test_the_router_computes_in_float32():
 # Whole models.
 
 
-@functools.lru_cache
-def random_params(model: Model, seed: int = 0):
-    rng = np.random.default_rng(seed)
-    shapes = jax.eval_shape(functools.partial(families.init, model), jax.random.key(0))
-    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) * 0.3, leaf.dtype), shapes)
-
-
-def random_tokens(seed: int = 0, shape=(B, T)) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, VOCAB, shape, dtype=np.int32)
-
-
-run = jax.jit(families.apply, static_argnums=0)
 run_training = jax.jit(families.apply_training, static_argnums=0)
-
-
-def change_token(tokens_BxT: np.ndarray, t: int) -> np.ndarray:
-    changed_BxT = tokens_BxT.copy()
-    changed_BxT[:, t] = (changed_BxT[:, t] + 1) % VOCAB
-    return changed_BxT
 
 
 @every_variant
@@ -320,12 +295,7 @@ def test_decoding_with_a_cache_equals_the_full_pass(name):
     params, tokens_BxT = random_params(model), random_tokens()
     expected_BxTxV = run(model, params, tokens_BxT)
     for chunks in [(1,) * T, (4, 4, 1)]:
-        cache, logits, start = families.init_cache(model, B, 12), [], 0
-        for chunk in chunks:
-            step_BxCxV, cache = run(model, params, tokens_BxT[:, start : start + chunk], None, cache)
-            logits.append(step_BxCxV)
-            start += chunk
-        assert_close(np.concatenate(logits, axis=1), expected_BxTxV, 1e-5)
+        assert_close(decode(model, params, tokens_BxT, chunks, families.init_cache(model, B, 12)), expected_BxTxV)
     assert_close(run(model, params, tokens_BxT[:1]), expected_BxTxV[:1], 1e-5)
 
 

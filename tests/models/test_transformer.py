@@ -12,6 +12,27 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
+from numerics import (
+    VOCAB,
+    B,
+    SEGMENT_BxT,
+    T,
+    assert_close,
+    assert_gradient,
+    change_token,
+    decode,
+    gradient_and_logits,
+    in_float64,
+    layers_of,
+    mean_nll,
+    path_name,
+    random_params,
+    random_tokens,
+    reference_mlp,
+    reference_norm,
+    reference_rotation,
+    run,
+)
 
 from llm_jax import parts
 from llm_jax.config import Model
@@ -20,7 +41,6 @@ from llm_jax.models.families import apply, init, init_cache, logical_axes
 from llm_jax.models.transformer import Cache
 from llm_jax.settings import BadInput
 
-VOCAB, B, T = 19, 2, 9
 BASE = Model(vocab_size=VOCAB, num_layers=2, d_model=16, num_heads=4, d_ff=24, max_context=16)
 VARIANTS = {
     "default": BASE,
@@ -34,66 +54,14 @@ VARIANTS = {
         BASE, positions="sinusoidal", norm="layernorm", mlp="swiglu", num_kv_heads=1, head_dim=5, logit_softcap=9.0
     ),
 }
+pytestmark = pytest.mark.usefixtures("quick_compilation")  # nine tenths of this file is compiling
 every_variant = pytest.mark.parametrize("cfg", VARIANTS.values(), ids=VARIANTS)
 windowed = pytest.mark.parametrize(
     "cfg", [cfg for cfg in VARIANTS.values() if cfg.window], ids=[name for name in VARIANTS if VARIANTS[name].window]
 )
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Nine tenths of this file is compiling; with XLA's costlier passes off it takes a third less."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-run = jax.jit(apply, static_argnums=0)  # one compilation for each variant and shape, shared by the tests
-
-
-def path_name(path) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-@functools.lru_cache
-def random_params(cfg: Model, seed: int = 0):
-    """Every parameter random, also those that `init` sets to zero or one."""
-    rng = np.random.default_rng(seed)
-    shapes = jax.eval_shape(functools.partial(init, cfg), jax.random.key(0))
-
-    def draw(path, leaf):
-        mean = 1.0 if path_name(path).endswith("scale") else 0.0
-        return jnp.asarray(mean + 0.3 * rng.normal(size=leaf.shape), leaf.dtype)
-
-    return jax.tree_util.tree_map_with_path(draw, shapes)
-
-
-def random_tokens(seed: int = 0, shape=(B, T)) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, VOCAB, shape, dtype=np.int32)
-
-
-def assert_close(actual, expected, tolerance: float = 1e-5) -> None:
-    """Largest difference as a share of the largest expected value."""
-    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
-    assert actual.shape == expected.shape
-    assert np.abs(actual - expected).max() <= tolerance * np.abs(expected).max()
-
-
 # The reference: one row at a time, one head and one position at a time, in float64.
-
-
-def reference_norm(kind: str, x, scale):
-    if kind == "layernorm":
-        x = x - x.mean(-1, keepdims=True)
-    return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * scale
-
-
-def reference_rotation(x_TxH, theta: float):
-    """Each pair (i, i + H/2) is a complex number that turns by theta^(-2i/H) a position."""
-    half = x_TxH.shape[1] // 2
-    turned = x_TxH[:, :half] + 1j * x_TxH[:, half:]
-    turned = turned * np.exp(1j * np.outer(np.arange(len(x_TxH)), theta ** (-2 * np.arange(half) / (2 * half))))
-    return np.concatenate([turned.real, turned.imag], axis=1)
 
 
 def reference_attention(cfg: Model, p, x_TxD):
@@ -112,18 +80,6 @@ def reference_attention(cfg: Model, p, x_TxD):
     return out_TxD
 
 
-def reference_mlp(cfg: Model, p, x_TxD):
-    h_TxF = x_TxD @ p["up"]
-    if cfg.mlp == "swiglu":
-        gate_TxF = x_TxD @ p["gate"]
-        h_TxF = gate_TxF / (1 + np.exp(-gate_TxF)) * h_TxF
-    elif cfg.mlp == "gelu":
-        h_TxF = h_TxF / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (h_TxF + 0.044715 * h_TxF**3)))
-    else:
-        h_TxF = np.maximum(h_TxF, 0) ** 2
-    return h_TxF @ p["down"]
-
-
 def reference(cfg: Model, params, tokens_T) -> np.ndarray:
     """Logits of one row, TxV."""
     x_TxD = params["embed"][tokens_T] * np.sqrt(cfg.d_model)
@@ -134,8 +90,7 @@ def reference(cfg: Model, params, tokens_T) -> np.ndarray:
         half = cfg.d_model // 2
         angle = np.outer(position_T, 1 / 10_000 ** (np.arange(half) / half))
         x_TxD = x_TxD + np.concatenate([np.sin(angle), np.cos(angle)], axis=1)
-    for layer in range(cfg.num_layers):
-        p = jax.tree.map(lambda leaf, layer=layer: leaf[layer], params["blocks"])
+    for p in layers_of(params["blocks"], cfg.num_layers):
         norm1, norm2 = (functools.partial(reference_norm, cfg.norm, scale=p[f"norm{i}"]["scale"]) for i in (1, 2))
         if cfg.norm_position == "pre":
             x_TxD = x_TxD + reference_attention(cfg, p["attention"], norm1(x_TxD))
@@ -149,10 +104,6 @@ def reference(cfg: Model, params, tokens_T) -> np.ndarray:
     return logits_TxV if cfg.logit_softcap is None else cfg.logit_softcap * np.tanh(logits_TxV / cfg.logit_softcap)
 
 
-def in_float64(params):
-    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
-
-
 @every_variant
 def test_logits_equal_the_reference(cfg):
     """The model is the equations of its papers; a wrong scale or a swapped half still trains, only worse."""
@@ -162,52 +113,17 @@ def test_logits_equal_the_reference(cfg):
     assert_close(logits_BxTxV, np.stack([reference(cfg, in_float64(params), row) for row in tokens_BxT]))
 
 
-def cross_entropy(cfg, params, tokens_BxT, targets_BxT):
-    logits_BxTxV = apply(cfg, params, tokens_BxT)
-    logp_BxTx1 = jnp.take_along_axis(jax.nn.log_softmax(logits_BxTxV), targets_BxT[:, :, None], axis=-1)
-    return -logp_BxTx1.mean(), logits_BxTxV
-
-
-gradient_and_logits = jax.jit(jax.grad(cross_entropy, argnums=1, has_aux=True), static_argnums=0)
-
-
-def reference_cross_entropy(cfg, params, tokens_BxT, targets_BxT) -> float:
-    losses = []
-    for tokens_T, targets_T in zip(tokens_BxT, targets_BxT, strict=True):
-        logits_TxV = reference(cfg, params, tokens_T)
-        losses.append(np.log(np.exp(logits_TxV).sum(-1)) - logits_TxV[np.arange(len(targets_T)), targets_T])
-    return float(np.mean(losses))
-
-
 @pytest.mark.parametrize("name", ["llama", "gemma", "vaswani", "learned, window, scanned"])
 def test_gradients_equal_finite_differences(name):
-    """The float32 gradient against central differences of the float64 reference, which knows nothing of JAX.
-
-    Each parameter moves along its own gradient, which shows a wrong length, and in a random direction, which shows what
-    the gradient lacks. Each layer of it has some gradient: one that is never used would train to nothing unnoticed.
-    """
+    """The float32 gradient against central differences of the float64 reference."""
     cfg = VARIANTS[name]
     params, tokens_BxT, targets_BxT = random_params(cfg), random_tokens(0), random_tokens(1)
-    grads, exact = in_float64(gradient_and_logits(cfg, params, tokens_BxT, targets_BxT)[0]), in_float64(params)
-    rng = np.random.default_rng(2)
-    for path, grad in jax.tree_util.tree_leaves_with_path(grads):
-        norm = np.linalg.norm(grad)
-        assert all(np.abs(layer).max() > 1e-6 for layer in (grad if "blocks" in path_name(path) else [grad]))
-        random = rng.normal(size=grad.shape)
-        for direction in (grad / norm, random / np.linalg.norm(random)):
 
-            def loss_at(step, direction=direction, path=path):
-                moved = jax.tree_util.tree_map_with_path(lambda q, x: x + step * direction if q == path else x, exact)
-                return reference_cross_entropy(cfg, moved, tokens_BxT, targets_BxT)
+    def loss_of(params) -> float:
+        rows = zip(tokens_BxT, targets_BxT, strict=True)
+        return float(np.mean([mean_nll(reference(cfg, params, row), targets) for row, targets in rows]))
 
-            slope = (loss_at(1e-4) - loss_at(-1e-4)) / 2e-4  # off by O(1e-8) of the third derivative
-            assert abs(slope - np.sum(grad * direction)) <= 1e-5 * norm, path_name(path)
-
-
-def change_token(tokens_BxT: np.ndarray, t: int) -> np.ndarray:
-    changed_BxT = tokens_BxT.copy()
-    changed_BxT[:, t] = (changed_BxT[:, t] + 1) % VOCAB
-    return changed_BxT
+    assert_gradient(gradient_and_logits(cfg, params, tokens_BxT, targets_BxT)[0], loss_of, params)
 
 
 def changed_positions(cfg: Model, t: int) -> list[int]:
@@ -231,9 +147,6 @@ def test_a_token_moves_no_logits_before_it_and_all_that_see_it(cfg, t):
 def test_windows_are_short_enough_for_these_tests_to_see_their_end(cfg):
     """Guards the test above: with a receptive field as long as the row it would say nothing about windows."""
     assert cfg.num_layers * (cfg.window - 1) < T - 1
-
-
-SEGMENT_BxT = np.array([[1, 1, 1, 1, 2, 2, 2, 2, 2], [7, 3, 3, 4, 4, 4, 4, 0, 0]], np.int32)
 
 
 packing = pytest.mark.parametrize("name", ["default", "gpt2", "gemma", "vaswani"])
@@ -277,17 +190,6 @@ def test_scanned_and_unrolled_layers_are_one_model(name):
     jax.tree.map(functools.partial(assert_close, tolerance=1e-5), scanned_grads, unrolled_grads)
 
 
-def decode(cfg: Model, params, tokens_BxT, chunks, cache: Cache):
-    """Logits of the whole row, read in chunks of the given lengths."""
-    logits, start = [], 0
-    for chunk in chunks:
-        assert int(cache.length) == start
-        step_BxCxV, cache = run(cfg, params, tokens_BxT[:, start : start + chunk], None, cache)
-        logits.append(step_BxCxV)
-        start += chunk
-    return np.concatenate(logits, axis=1)
-
-
 @pytest.mark.parametrize("name", ["default", "gpt2", "gemma", "vaswani", "learned, window, scanned"])
 def test_decoding_with_a_cache_equals_the_full_pass(name):
     """What a model says must not depend on how its prompt was fed: token by token, or in chunks and then steps."""
@@ -327,7 +229,7 @@ def test_more_tokens_than_positions_are_refused():
     too_long = random_tokens(0, (1, learned.max_context + 1))
     with pytest.raises(BadInput, match=r"17 tokens exceed the learned positions; model\.max_context=16"):
         apply(learned, random_params(learned), too_long)
-    with pytest.raises(BadInput, match=r"cache of 17 exceeds the learned positions; model\.max_context=16"):
+    with pytest.raises(BadInput, match=r"17 tokens exceed the learned positions; model\.max_context=16"):
         init_cache(learned, 1, 17)
     with pytest.raises(BadInput, match="17 tokens exceed the cache; it has 8 positions"):
         apply(BASE, random_params(BASE), too_long, None, init_cache(BASE, 1, 8))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from scaling import cli, options
+from scaling import cli, parsing
 
 EXPERIMENT = '''"""Small models on a small corpus.
 
@@ -99,6 +99,22 @@ def test_the_main_job(experiment, capsys, tmp_path):
     status, out, _ = run(capsys, "generate", folder, "--prompt", "9 bottles", "--tokens", 20, "--json")
     assert status == 0
     assert isinstance(json.loads(out)["text"], str)
+    status, out, _ = run(capsys, "attention", folder, "--prompt", "9 бутылок", "--json")
+    assert status == 0
+    drawn = json.loads(out)["maps"]["self"]
+    assert "".join(drawn["queries"]) == "<s>9␣бутылок"
+    assert {round(sum(row), 4) for layer in drawn["weights"] for head in layer for row in head} == {1.0}
+    assert (folder / "attention.png").read_bytes().startswith(b"\x89PNG")
+    for words, message in [
+        (("--prompt", ""), "--prompt is empty"),
+        (("--prompt", "x" * 300), "--prompt has 301 tokens"),
+        (("--prompt", "x", "--out", tmp_path / "x.pdf"), "must end in .png or .svg"),
+        (("--prompt", "x", "--out", tmp_path / "no" / "x.svg"), "--out: there is no folder"),
+        (("--prompt", "x", "--trial", "zzz"), '--trial "zzz" names 0 finished trials'),
+    ]:
+        status, out, err = run(capsys, "attention", folder, *words)
+        assert (status, out, err.count("\n")) == (2, "", 1)
+        assert message in err
     status, out, _ = run(capsys, "status", folder)
     assert out.splitlines()[-1] == "9 done"
 
@@ -131,6 +147,8 @@ def test_the_main_job(experiment, capsys, tmp_path):
         (["status", "nowhere"], "is no run directory"),
         (["fit", "nowhere.csv"], "no table"),
         (["generate", "nowhere"], "is no run directory"),
+        (["attention", "nowhere", "--prompt", "x"], "is no run directory"),
+        (["attention", "nowhere"], "--prompt"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(experiment, capsys, tmp_path, words, message):
@@ -166,9 +184,9 @@ def test_options_that_are_offered_are_those_that_help_shows(capsys):
     """A suggestion that help does not know, or that is a positional, sends the user in a circle."""
     for verb, (kind, _) in cli.VERBS.items():
         with pytest.raises(SystemExit):
-            options.parse(kind, ["--help"], verb)
+            parsing.parse(kind, ["--help"], verb)
         shown = capsys.readouterr().out
-        for flag in options._flags(kind):
+        for flag in parsing._flags(kind):
             assert re.search(rf"{re.escape(flag)}[ ,\n]", shown), (verb, flag)
 
 

@@ -1,5 +1,6 @@
 """Groups side by side: each must be fitted to its own rows, and drawn as what it is."""
 
+import functools
 import json
 
 import numpy as np
@@ -7,11 +8,12 @@ import pytest
 from simulated import TRUTH, chinchilla, runs
 
 from llm_jax.settings import BadInput
-from scaling import cli, compare, comparison_figures, content, drawing, report, tables
+from scaling import analysis, cli, compare, comparison_figures, content, drawing, report, tables
 from scaling.tables import Table
 
 STEEP = {**TRUTH, "alpha": 0.45, "E": 0.7}
 BUDGETS = (1e11, 3e11, 1e12, 3e12)
+FIT = functools.partial(analysis.analyse, law="chinchilla")
 
 
 def two_families():
@@ -26,7 +28,7 @@ def two_families():
 
 def test_each_group_is_fitted_to_its_own_rows():
     """Rows of another family would move its exponents; the group that cannot be fitted is told, and why."""
-    found = compare.by_column(two_families(), "family", "chinchilla", ci="profile")
+    found = compare.by_column(two_families(), "family", functools.partial(FIT, ci="profile"))
     assert set(found.groups) == {"transformer", "lstm"}
     assert [min(one.table.column("loss")) for one in found.groups.values()] == sorted(
         min(one.table.column("loss")) for one in found.groups.values()
@@ -46,7 +48,7 @@ def test_each_group_is_fitted_to_its_own_rows():
 def test_the_figure_shows_every_group_and_its_exponents():
     """A family that is left out of the comparison, or drawn with the line of another, is the worst that it could say."""
     table = two_families()
-    found = compare.by_column(table, "family", "chinchilla")
+    found = compare.by_column(table, "family", FIT)
     groups = compare.record(found, content._bands(found))
     rows = [dict(zip(table.columns, row, strict=True)) for row in zip(*table.columns.values(), strict=True)]
     trials = tables.finite([row | {"id": f"{i}", "status": "done"} for i, row in enumerate(rows)])
@@ -64,7 +66,7 @@ def test_the_figure_shows_every_group_and_its_exponents():
 def test_the_report_puts_groups_side_by_side(tmp_path):
     """And fits no one law through all of them."""
     table = two_families()
-    found = compare.by_column(table, "family", "chinchilla")
+    found = compare.by_column(table, "family", FIT)
     rows = [dict(zip(table.columns, row, strict=True)) for row in zip(*table.columns.values(), strict=True)]
     trials = tables.finite([row | {"id": f"{i}", "status": "done"} for i, row in enumerate(rows)])
     page = report.write(
@@ -89,4 +91,4 @@ def test_the_command_line(capsys, tmp_path):
     assert cli.main(["fit", str(path), "--by", "famly"]) == 2
     assert 'did you mean "family"' in capsys.readouterr().err
     with pytest.raises(BadInput, match="no group of family can be fitted"):
-        compare.by_column(table.where("loss > 8.9"), "family", "chinchilla")
+        compare.by_column(table.where("loss > 8.9"), "family", FIT)

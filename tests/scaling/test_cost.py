@@ -29,6 +29,8 @@ MODELS = {
         scan_layers=True,
         experts=Experts(number=12, per_token=3, shared=2, granularity=4, gate="sigmoid", balance="bias"),
     ),
+    "window, in blocks": Model(num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, window=4),
+    "window that divides no row": Model(num_layers=2, d_model=32, window=5),
     "lstm": Model(family="lstm", num_layers=3, d_model=24),
     "rnn, untied": Model(family="rnn", num_layers=2, d_model=40, tie_embeddings=False, scan_layers=True),
     "feedforward": Model(family="feedforward", d_model=24, d_ff=56, ngram_order=4),

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from llm_jax.config import Config, Data, Model, Train
+from llm_jax.config import Config
 from llm_jax.data import prepare
 from llm_jax.settings import BadInput, override, to_dict
 from scaling import experiment, launch, ledger
@@ -23,11 +23,11 @@ pytestmark = pytest.mark.usefixtures("mixed_dtypes")
 
 
 @pytest.fixture
-def small(corpus):
+def small(tiny):
     return Experiment(
-        model=Model(num_layers=1, d_model=16, num_heads=1),
-        data=Data(source="files", files=(f"{corpus}/*",), context=32, eval_tokens=1024, val_fraction=0.2),
-        train=Train(tokens_per_step=64, peak_lr=1e-2, warmup_steps=2, steps_per_call=8, checkpoint_every=16),
+        model=tiny.model,
+        data=tiny.data,
+        train=replace(tiny.train, warmup_steps=2, checkpoint_every=16),
         axes=product(axis("model.d_model", [16, 24]), axis("train.tokens", [1280, 2560])),
     )
 

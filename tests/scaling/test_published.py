@@ -20,7 +20,7 @@ def published(shared_data):
     return lambda name: tables.read(shared_data(f"scaling/{name}.csv"))
 
 
-def agrees(result, rel=None, **values):
+def assert_agrees(result, rel=None, **values):
     """Every value as printed: to `rel`, or else to a unit of its last digit, as some are cut and not rounded."""
     for name, text in values.items():
         within = {"rel": rel} if rel else {"abs": 1.001 * 10.0 ** -len(text.partition(".")[2])}
@@ -41,7 +41,7 @@ def test_chinchilla_replicated(published, objective, values, rel):
     result = fit(CHINCHILLA, published("epoch_chinchilla").where("excluded_by_paper == 0"), objective)
     if objective == "huber:1e-3":
         assert result.value == pytest.approx(0.00101827402, rel=1e-8)
-    agrees(result, rel, **values)
+    assert_agrees(result, rel, **values)
 
 
 def test_chinchilla_with_the_five_rows_that_were_left_out(published):
@@ -68,7 +68,7 @@ def test_overtraining(published, dataset, values):
     five = "cc_mult == 1 and N_params < 1e9 or cc_mult == 16 and N_params < 2e7"
     table = published("gadre_overtraining").where(f'dataset == "{dataset}" and ({five})')
     assert len(table) == 5
-    agrees(fit(LAWS["overtraining"], table), **values)
+    assert_agrees(fit(LAWS["overtraining"], table), **values)
 
 
 def test_downstream_error(published):
@@ -76,7 +76,7 @@ def test_downstream_error(published):
     six = "cc_mult == 1 and N_params < 2e9 or cc_mult == 16 and N_params < 2e7"
     table = published("gadre_overtraining").where(f'dataset == "rpj" and ({six})')
     table = Table({"loss": table.column("loss_c4_val"), "error": table.column("err_avg17")})
-    agrees(fit(LAWS["downstream-error"], table), k="2.206", gamma="0.715", epsilon="0.857")
+    assert_agrees(fit(LAWS["downstream-error"], table), k="2.206", gamma="0.715", epsilon="0.857")
 
 
 def test_data_constrained(published):
@@ -109,7 +109,7 @@ def test_data_constrained(published):
 def test_routed(published, router, values):
     """Clark et al. 2022, arXiv:2202.01169: bilinear with saturation; dense models count as one expert."""
     table = published("routing_clark2022_final").where("k == 1 and routing_frequency == 0.5 and seed == 42")
-    agrees(fit(LAWS["routed"], table.where(f'router_type == "{router}" or router_type == "Dense"')), **values)
+    assert_agrees(fit(LAWS["routed"], table.where(f'router_type == "{router}" or router_type == "Dense"')), **values)
 
 
 @pytest.mark.parametrize("objective", ["huber:1e-3", "lsq"])

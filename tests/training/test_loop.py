@@ -1,6 +1,6 @@
 """Whole runs: the same bits however they were cut, branches that equal runs of their own, and losses that are not finite."""
 
-import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -14,53 +14,55 @@ import pytest
 from llm_jax.config import Config, Data, Model, Train
 from llm_jax.data import prepare
 from llm_jax.generation import pairs, sampling
-from llm_jax.settings import BadInput, override
+from llm_jax.settings import BadInput, override, to_dict
 from llm_jax.training import loop, metrics
 
 pytestmark = pytest.mark.usefixtures("mixed_dtypes")
 
 
 @pytest.fixture
-def cfg(corpus):
-    return Config(
-        model=Model(num_layers=1, d_model=16, num_heads=1),
-        data=Data(source="files", files=(f"{corpus}/*",), context=32, eval_tokens=1024, val_fraction=0.2),
-        train=Train(
-            tokens=64 * 100, tokens_per_step=64, peak_lr=1e-2, warmup_steps=5, steps_per_call=8, checkpoint_every=24
-        ),
-    )
+def cfg(tiny):
+    return override(tiny, {"train.tokens": 64 * 100, "train.warmup_steps": 5, "train.checkpoint_every": 24})
 
 
 def leaves(cfg, folder):
     return [np.asarray(x) for x in jax.tree.leaves(loop.load_params(cfg, folder))]
 
 
-def assert_same_run(cfg, a, b, ra, rb):
-    assert (ra.loss, ra.bits_per_byte) == (rb.loss, rb.bits_per_byte)
+def assert_same_params(cfg, a, b):
     for x, y in zip(leaves(cfg, a), leaves(cfg, b), strict=True):
         np.testing.assert_array_equal(x, y)
+
+
+def assert_same_run(cfg, a, b, ra, rb):
+    assert (ra.loss, ra.bits_per_byte) == (rb.loss, rb.bits_per_byte)
+    assert_same_params(cfg, a, b)
 
 
 class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("stop_at", [8, 40, 72, 100])
-def test_a_run_cut_and_started_again_has_the_same_bits(cfg, tmp_path, stop_at):
-    """Parameters, optimizer, data order and dropout draws all come back from the checkpoint; so do the lines of metrics."""
-    cfg = override(cfg, {"model.dropout": 0.1})
-    prepared = prepare.prepare(cfg)
+def assert_same_when_cut(cfg, prepared, folder, stop_at):
+    """A run stopped at the first call that ends at `stop_at` or later, in folder/cut, goes on to what folder/whole is."""
 
     def stop(step, total, loss):
         if step >= stop_at:
             raise Stop
 
     with pytest.raises(Stop):
-        loop.train(cfg, prepared, tmp_path / "cut", progress=stop)
-    again = loop.train(cfg, prepared, tmp_path / "cut")
-    whole = loop.train(cfg, prepared, tmp_path / "whole")
-    assert_same_run(cfg, tmp_path / "cut", tmp_path / "whole", again, whole)
-    assert metrics.read_metrics(tmp_path / "cut") == metrics.read_metrics(tmp_path / "whole")
+        loop.train(cfg, prepared, folder / "cut", progress=stop)
+    again = loop.train(cfg, prepared, folder / "cut")
+    whole = loop.train(cfg, prepared, folder / "whole")
+    assert_same_run(cfg, folder / "cut", folder / "whole", again, whole)
+    assert metrics.read_metrics(folder / "cut") == metrics.read_metrics(folder / "whole")
+
+
+@pytest.mark.parametrize("stop_at", [8, 40, 72, 100])
+def test_a_run_cut_and_started_again_has_the_same_bits(cfg, tmp_path, stop_at):
+    """Parameters, optimizer, data order and dropout draws all come back from the checkpoint; so do the lines of metrics."""
+    cfg = override(cfg, {"model.dropout": 0.1})
+    assert_same_when_cut(cfg, prepare.prepare(cfg), tmp_path, stop_at)
 
 
 RUN = """
@@ -82,10 +84,6 @@ print(loop.train(cfg, prepare.prepare(cfg), Path(sys.argv[2]), progress=slowly).
 
 def test_kill_9_in_the_middle_of_a_run(cfg, tmp_path):
     """The kill falls wherever it falls: between steps, or into a checkpoint that is being written."""
-    import json
-
-    from llm_jax.settings import to_dict
-
     prepared = prepare.prepare(cfg)
     command = [sys.executable, "-c", RUN, json.dumps(to_dict(cfg)), str(tmp_path / "killed")]
     for lines in (4, 2):
@@ -99,8 +97,7 @@ def test_kill_9_in_the_middle_of_a_run(cfg, tmp_path):
     command[-1] = str(tmp_path / "whole")
     whole = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]
     assert again == whole
-    for x, y in zip(leaves(cfg, tmp_path / "killed"), leaves(cfg, tmp_path / "whole"), strict=True):
-        np.testing.assert_array_equal(x, y)
+    assert_same_params(cfg, tmp_path / "killed", tmp_path / "whole")
     assert prepared.fingerprint
     assert os.path.exists(tmp_path / "killed" / "metrics.jsonl")
 
@@ -117,19 +114,10 @@ def test_a_branch_equals_a_run_of_its_own(cfg, tmp_path):
     assert branched.first_step == 40
     assert alone.first_step == 0
     assert_same_run(short, tmp_path / "branch", tmp_path / "alone", branched, alone)
-    other = override(short, {"train.peak_lr": 2e-2})
-    assert loop.train(other, prepared, tmp_path / "other", trunks=trunks).first_step == 0, (
-        "another rate is another trunk"
-    )
-    assert (
-        loop.train(
-            dataclasses.replace(short, train=dataclasses.replace(short.train, seed=1)),
-            prepared,
-            tmp_path / "seed",
-            trunks=trunks,
-        ).first_step
-        == 0
-    )
+    for change in ({"train.peak_lr": 2e-2}, {"train.seed": 1}):
+        folder = tmp_path / next(iter(change))
+        other = loop.train(override(short, change), prepared, folder, trunks=trunks)
+        assert other.first_step == 0, "another rate or seed is another trunk"
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(cfg, tmp_path):
@@ -173,19 +161,8 @@ MIXTURE = {
 def test_a_mixture_of_experts_learns_and_continues_to_the_same_bits(cfg, tmp_path):
     """The routers' bias has no gradient and no optimizer: it too must come back from the checkpoint. What routers do is in the metrics."""
     cfg = override(cfg, MIXTURE)
-    prepared = prepare.prepare(cfg)
-
-    def stop(step, total, loss):
-        if step >= 40:
-            raise Stop
-
-    with pytest.raises(Stop):
-        loop.train(cfg, prepared, tmp_path / "cut", progress=stop)
-    again = loop.train(cfg, prepared, tmp_path / "cut")
-    whole = loop.train(cfg, prepared, tmp_path / "whole")
-    assert_same_run(cfg, tmp_path / "cut", tmp_path / "whole", again, whole)
+    assert_same_when_cut(cfg, prepare.prepare(cfg), tmp_path, 40)
     lines = metrics.read_metrics(tmp_path / "whole")
-    assert metrics.read_metrics(tmp_path / "cut") == lines
     bias_LxE = np.asarray(loop.load_params(cfg, tmp_path / "whole")["blocks"]["mlp"]["router_bias"])
     assert 0 < np.abs(bias_LxE).max() < 100 * 0.01 + 1e-6
     assert lines[-2]["loss"] < lines[0]["loss"] - 1

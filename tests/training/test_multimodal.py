@@ -16,7 +16,7 @@ from llm_jax.generation import media, sampling
 from llm_jax.settings import BadInput, override, to_dict
 from llm_jax.training import initial, loop, metrics, pretrain
 
-pytestmark = pytest.mark.usefixtures("mixed_dtypes")
+pytestmark = pytest.mark.usefixtures("mixed_dtypes", "quick_compilation")
 COLOURS = {"красный": (220, 30, 30), "зелёный": (30, 200, 40), "синий": (20, 40, 230)}
 
 

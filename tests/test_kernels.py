@@ -1,0 +1,85 @@
+"""Kernels against their plain forms, forwards and backwards; interpreted where there is no GPU."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llm_jax import kernels
+from llm_jax.kernels import cross_entropy, norm
+from llm_jax.training import losses
+
+INTERPRET = jax.default_backend() == "cpu"
+TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
+
+
+@pytest.fixture(autouse=True)
+def plain_losses(monkeypatch):
+    """What kernels are held to never runs one, where there is a GPU."""
+    monkeypatch.setattr(kernels, "used", lambda: False)
+
+
+def normal(seed: int, shape: tuple[int, ...], dtype: str = "float32", deviation: float = 1.0) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).normal(0, deviation, shape), dtype)
+
+
+def relative(found: jax.Array, wanted: jax.Array) -> float:
+    found, wanted = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
+    return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["rmsnorm", "layernorm"])
+@pytest.mark.parametrize(("rows", "width"), [(37, 48), (5, 1024), (100, 64), (3, 1500)])
+def test_gradients_of_norms(kind, dtype, rows, width):
+    """By the input, where the residual stream's is added, and by the scale; at widths and numbers of rows that fill no block."""
+    x, stream, grad = (normal(seed, (rows, width), dtype) for seed in range(3))
+    scale = normal(3, (width,))
+    found = norm.gradient(x, stream, grad, scale, kind, INTERPRET)
+    exact = [array.astype(jnp.float32) for array in (x, stream, grad)]
+    _, back = jax.vjp(lambda x, scale: (x, norm.plain(x, scale, kind)), exact[0], scale)
+    for mine, wanted in zip(found, back((exact[1], exact[2])), strict=True):
+        assert relative(mine, wanted) < TOLERANCE[dtype]
+
+
+def test_a_fork_gives_the_stream_and_its_norm_with_both_gradients():
+    x, scale = normal(0, (4, 6, 48)), normal(1, (48,))
+    stream, grad = normal(2, x.shape), normal(3, x.shape)
+
+    def through(fork):
+        def value(x, scale):
+            same, normed = fork(x, scale)
+            return (same * stream).sum() + (normed * grad).sum()
+
+        return jax.value_and_grad(value, (0, 1))(x, scale)
+
+    found = through(lambda x, scale: norm._forked(x, scale, "layernorm", INTERPRET))
+    wanted = through(lambda x, scale: (x, norm.plain(x, scale, "layernorm")))
+    for mine, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        assert relative(mine, theirs) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("label_smoothing", "z_loss"), [(0.0, 0.0), (0.1, 1e-3)])
+@pytest.mark.parametrize("vocab", [300, 256, 5000, 50_304])
+def test_cross_entropy_and_its_gradient(vocab, label_smoothing, z_loss, dtype):
+    """At vocabularies that fill no block, with rows that do not count, and with logits as large as those of a model that is sure."""
+    logits = normal(0, (1, 5, vocab), dtype, deviation=8.0).at[0, 0, 7].set(60.0)
+    targets = jnp.asarray([[7, 1, 2, vocab - 1, 7]], jnp.int32)
+    weights = jnp.asarray([[1.0, 0.0, 1.0, 0.5, 1.0]], jnp.float32)
+    flat = targets[0], weights[0]
+
+    def fused(logits):
+        return cross_entropy.summed(logits[0], *flat, label_smoothing, z_loss, INTERPRET)
+
+    def plain(logits):
+        total, sums = losses.cross_entropy(logits, targets, weights, z_loss, label_smoothing)
+        return total, sums["nll"]
+
+    (total, nll), grad = jax.value_and_grad(fused, has_aux=True)(logits)
+    (plain_total, plain_nll), plain_grad = jax.value_and_grad(plain, has_aux=True)(logits)
+    assert total == pytest.approx(float(plain_total), rel=1e-5)
+    assert nll == pytest.approx(float(plain_nll), rel=1e-5)
+    assert grad.dtype == logits.dtype
+    assert relative(grad, plain_grad) < TOLERANCE[dtype]
+    assert not np.asarray(grad[0, 1], np.float32).any()
