@@ -39,7 +39,7 @@ experiment = Experiment(
         val_fraction=0.1,
         eval_tokens=56 * 191,
     ),
-    train=Train(tokens_per_step=56 * 32),
+    train=Train(tokens_per_step=56 * 32, peak_lr=0.003),
     axes=product(
         zipped(
             axis("model.media.num_layers", [1, 3]),

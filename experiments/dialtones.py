@@ -42,7 +42,7 @@ experiment = Experiment(
             axis("model.media.d_model", [16, 32, 64]),
             axis("model.media.num_heads", [1, 2, 4]),
         ),
-        axis("train.tokens", [72 * 2700 * passes for passes in (4, 12)]),
+        axis("train.tokens", [72 * 2700 * passes for passes in (10, 30)]),
     ),
 )
 
