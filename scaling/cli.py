@@ -82,8 +82,9 @@ def _run_trials(folder: Path, name: str, experiment: Experiment, docstring: str,
     from scaling import ledger
 
     trials = experiments.trials(experiment)
-    for path in {trial.config.train.init_from for trial in trials} - {""}:
-        initial.find_trial(Path(path))
+    for trial in trials:
+        if trial.config.train.init_from:
+            initial.plan(trial.config)
     prepared = _prepare(experiment.config)
     ledger.create(folder, name, docstring, experiment, trials, prepared)
     from scaling import launch  # loads JAX: only now that nothing was refused

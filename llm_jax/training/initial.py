@@ -1,16 +1,18 @@
 """Starting a run from the parameters that another left: of a language model, of an encoder, or of all of it.
 
-Where they come from is found without JAX, so that a path that is wrong is refused before anything starts.
+What is taken from where is decided without JAX, so that a path that is wrong is refused before anything starts.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from llm_jax import files
 from llm_jax.config import Config
+from llm_jax.parts import begins, parts
 from llm_jax.settings import BadInput, did_you_mean, from_dict
 
 FILE = "initial.json"
@@ -51,28 +53,42 @@ def find_trial(path: Path) -> Source:
     return Source(best, config, done[best]["tokenizer_sha256"])
 
 
-def take(params: Any, others: Any, same_ids: bool, name: str) -> tuple[Any, dict[str, list[str]]]:
-    """(params with the arrays of `others` in place of those of the same path and shape, {"taken": paths, "left": paths}).
+def plan(cfg: Config, tokenizer_sha256: str | None = None) -> tuple[Source, dict[str, list[str]]]:
+    """The trial that `cfg.train.init_from` names, and which parameters start as it left them: {"taken": paths, "left": paths}.
 
-    Where the tokenizers differ, arrays of tokens are left. Raises BadInput where nothing is taken.
+    Arrays of tokens are left where the tokenizer is another than `tokenizer_sha256`. Raises BadInput where nothing is taken, and where
+    train.freeze would hold what is left, as it was drawn at random.
     """
+    source, name = find_trial(Path(cfg.train.init_from)), cfg.train.init_from
+    own, theirs = (
+        {part.name: (part.times, part.shape) for part in parts(model, 1) if part.stored}
+        for model in (cfg.model, source.config.model)
+    )
+    same_ids = tokenizer_sha256 in (None, source.tokenizer_sha256)
+    taken = [path for path in own if theirs.get(path) == own[path] and (same_ids or path not in OF_TOKENS)]
+    left = [path for path in own if path not in taken]
+    if not taken:
+        path = next((path for path in own if path in theirs), next(iter(own)))
+        there = f"there has shape {theirs[path][1]} in {theirs[path][0]} layers" if path in theirs else "is not there"
+        raise BadInput(
+            f"train.init_from={name} has no array that fits this model: {path} {there}, here {own[path][1]} in {own[path][0]}"
+        )
+    if wrong := [path for path in left if begins(path, cfg.train.freeze)]:
+        why = "of that path and shape" if same_ids else "that fits: its tokenizer is another"
+        raise BadInput(
+            f"train.freeze would hold {wrong[0]} as it is drawn at random: train.init_from={name} has none {why}"
+        )
+    return source, {"taken": taken, "left": left}
+
+
+def take(params: Any, others: Any, taken: Collection[str]) -> Any:
+    """params with the arrays of `others` in the places `taken`."""
     import jax
 
-    def flat(tree: Any) -> dict[str, Any]:
-        leaves = jax.tree_util.tree_leaves_with_path(tree)
-        return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    def name(path: Any) -> str:
+        return jax.tree_util.keystr(path, simple=True, separator="/")
 
-    own, theirs = flat(params), flat(others)
-    fits = {
-        path: path in theirs and theirs[path].shape == leaf.shape and (same_ids or path not in OF_TOKENS)
-        for path, leaf in own.items()
-    }
-    if not any(fits.values()):
-        path, leaf = next(((path, leaf) for path, leaf in own.items() if path in theirs), next(iter(own.items())))
-        there = f"has shape {theirs[path].shape} there and" if path in theirs else "is not there; it"
-        raise BadInput(
-            f"train.init_from={name} has no array that fits this model: the nearest, {path}, {there} has shape {leaf.shape} here"
-        )
-    leaves = [theirs[path] if fits[path] else leaf for path, leaf in own.items()]
-    said = {"taken": [path for path in own if fits[path]], "left": [path for path in own if not fits[path]]}
-    return jax.tree.unflatten(jax.tree.structure(params), leaves), said
+    theirs = {name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(others)}
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: theirs[name(path)] if name(path) in taken else leaf, params
+    )

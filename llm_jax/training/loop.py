@@ -115,13 +115,10 @@ def train(
             state = trunk.restore(first_step, state, iterator)
             files.write_json(folder / "start.json", {"first_step": first_step})
         elif cfg.train.init_from:
-            source = initial.find_trial(Path(cfg.train.init_from))
-            same_ids = source.tokenizer_sha256 == prepared.tokenizer_sha256
-            params, taken = initial.take(
-                params, load_params(source.config, source.folder), same_ids, cfg.train.init_from
-            )
+            source, said = initial.plan(cfg, prepared.tokenizer_sha256)
+            params = initial.take(params, load_params(source.config, source.folder), said["taken"])
             state = init_state(params, init_opt, cfg.train.seed)
-            files.write_json(folder / initial.FILE, {"from": str(source.folder), **taken})
+            files.write_json(folder / initial.FILE, {"from": str(source.folder), **said})
 
         step = int(state.step)
         metrics = stack.enter_context(contextlib.closing(Metrics(folder, step)))

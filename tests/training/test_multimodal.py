@@ -194,24 +194,29 @@ def test_a_run_begins_with_the_parameters_of_another(cfg, tmp_path, corpus):
     assert said["from"].endswith("better")
     assert set(said["taken"]) == set(there)
     assert set(said["left"]) == set(found) - set(there)
-    # Another width: only what has none of it would fit, and there is nothing of this kind.
-    wide = override(
-        short, {"train.init_from": str(run / "trials" / "better"), "model.d_model": 48, "model.num_heads": 4}
-    )
-    with pytest.raises(BadInput, match=r"no array that fits this model: the nearest, .* has shape") as caught:
-        loop.train(wide, prepared, tmp_path / "wide")
-    assert "\n" not in str(caught.value)
+    for change, message in {
+        (
+            "model.d_model",
+            48,
+        ): "no array that fits this model: embed there has shape .256, 32. in 1 layers, here .256, 48. in 1",
+        ("train.freeze", ("media/encoder",)): "train.freeze would hold media/encoder/patch as it is drawn at random",
+    }.items():
+        with pytest.raises(BadInput, match=message) as caught:
+            loop.train(override(frozen, dict([change])), prepared, tmp_path / "wrong")
+        assert "\n" not in str(caught.value)
     with pytest.raises(BadInput, match="is no run directory and no trial's folder"):
         initial.find_trial(tmp_path / "txt")
     assert initial.find_trial(run).folder == run / "trials" / "better"
 
 
-def test_rows_of_an_embedding_are_not_taken_from_another_tokenizer():
+def test_rows_of_an_embedding_are_not_taken_from_another_tokenizer(cfg, tmp_path):
     """The shape fits and the meaning does not: row 300 is another piece."""
-    own = {"embed": np.zeros((4, 2)), "norm": {"scale": np.zeros(2)}}
-    theirs = {"embed": np.ones((4, 2)), "norm": {"scale": np.ones(2)}}
-    same, said = initial.take(own, theirs, True, "x")
-    assert same["embed"].all() and said == {"taken": ["embed", "norm/scale"], "left": []}
-    other, said = initial.take(own, theirs, False, "x")
-    assert not other["embed"].any() and other["norm"]["scale"].all()
-    assert said == {"taken": ["norm/scale"], "left": ["embed"]}
+    (tmp_path / "trial.json").write_text(json.dumps({"config": to_dict(cfg), "point": {}}))
+    (tmp_path / "result.json").write_text(json.dumps({"status": "done", "loss": 1.0, "tokenizer_sha256": "a"}))
+    own = override(cfg, {"train.init_from": str(tmp_path)})
+    assert initial.plan(own, "a")[1]["left"] == []
+    assert initial.plan(own, "b")[1]["left"] == ["embed"]
+    held = override(own, {"train.freeze": ("embed",)})
+    assert initial.plan(held, "a")[0].folder == tmp_path
+    with pytest.raises(BadInput, match=r"train.freeze would hold embed .* its tokenizer is another"):
+        initial.plan(held, "b")
