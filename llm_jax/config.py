@@ -305,7 +305,7 @@ class Data:
             )
         require(
             self.source not in ("pairs", "media") or not self.document_mask,
-            f"data.source={self.source} has one document a row: data.document_mask has no meaning",
+            f"data.source={self.source} has one {'pair' if self.source == 'pairs' else 'text'} a row: data.document_mask has no meaning",
         )
         require(0 < self.val_fraction < 1, f"data.val_fraction must lie in (0, 1), got {self.val_fraction}")
         require(

@@ -25,6 +25,7 @@ from llm_jax import files
 from llm_jax.config import Config, Data, Media
 from llm_jax.data import media, sources, synthetic, tokenizer
 from llm_jax.data.sources import UNIT
+from llm_jax.data.survey import Survey
 from llm_jax.data.tokenizer import Tokenizer
 from llm_jax.settings import BadInput, fingerprint
 
@@ -72,58 +73,6 @@ class Prepared:
         read = rows.read_all if size <= IN_MEMORY else rows.read
         parts = ("validation",) if split == "validation" else self.train_parts
         return [read(self.folder / "rows", part) for part in parts]
-
-
-class Survey:
-    """What one pass over a source tells: content hash, and which documents are held out."""
-
-    def __init__(self, documents: Iterable[tuple[str, str]], val_fraction: float, media: bool = False):
-        """Of pairs, those of one source are in one split; of texts with media, those that share an item."""
-        digest = hashlib.sha256()
-        names: list[list[str]] = []
-        sizes: list[int] = []
-        for _, text in documents:
-            first, *others = text.split(UNIT)
-            keys = [first]
-            if media:  # their content stands for them, and not where they are
-                others = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in others]
-                text, keys = UNIT.join([first, *others]), others or [first]
-            data = text.encode("utf-8", "replace")
-            digest.update(len(data).to_bytes(8, "little") + data)
-            names.append([hashlib.sha256(key.encode("utf-8", "replace")).hexdigest() for key in keys])
-            sizes.append(len(first if media else text))
-        self.sha256 = digest.hexdigest()
-        self.sizes = sizes
-        self.held_out = _hold_out(_linked(names), sizes, val_fraction)
-
-
-def _linked(keys: list[list[str]]) -> list[str]:
-    """One name a document, equal for those that share a key, directly or through others: the least of all their keys."""
-    parent: dict[str, str] = {}
-
-    def root(key: str) -> str:
-        while (above := parent.setdefault(key, key)) != key:
-            parent[key] = key = parent[above]
-        return key
-
-    for own in keys:
-        low, *rest = sorted(map(root, own))
-        parent.update(dict.fromkeys(rest, low))
-    return [root(own[0]) for own in keys]
-
-
-def _hold_out(hashes: list[str], sizes: list[int], fraction: float) -> set[int]:
-    """Documents in the order of their hashes until `fraction` of the text is reached, passing over those too large to fit in.
-
-    Those of one hash go together, so that no document is in both splits.
-    """
-    room, held = fraction * sum(sizes), set()
-    for _, group in itertools.groupby(sorted(range(len(sizes)), key=lambda i: hashes[i]), key=lambda i: hashes[i]):
-        same = list(group)
-        if (size := sum(sizes[i] for i in same)) <= room:
-            held.update(same)
-            room -= size
-    return held
 
 
 def prepare(cfg: Config, progress: Callable[[str, int, int], None] = lambda what, done, total: None) -> Prepared:

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from llm_jax.config import Config, Data, Media, Model
-from llm_jax.data import media, pipeline, prepare
+from llm_jax.data import media, pipeline, prepare, survey
 from llm_jax.data.tokenizer import Bytes
 from llm_jax.settings import BadInput, override
 
@@ -112,7 +112,7 @@ def test_content_and_not_names_decides(texts, tmp_path):
 
 def test_documents_that_share_an_item_go_together():
     """Also through a third: a is in one with b, b in one with c."""
-    names = prepare._linked([["a"], ["b", "a"], ["d"], ["c", "b"], ["e"], ["d", "f"]])
+    names = survey.linked([["a"], ["b", "a"], ["d"], ["c", "b"], ["e"], ["d", "f"]])
     assert len(set(names)) == 3
     assert names[0] == names[1] == names[3]
     assert names[2] == names[5]

@@ -239,7 +239,7 @@ def test_wrong_settings_are_one_line():
         lambda: Config(
             model=IMAGE, data=Data(source="media", files=("x",), context=9)
         ): "no room for 2 x 4 .* at least 10",
-        lambda: Data(source="media", files=("x",), document_mask=True): "one document a row",
+        lambda: Data(source="media", files=("x",), document_mask=True): "one text a row",
         lambda: families.apply(
             Model(), params_of(Model()), jnp.zeros((1, 2), jnp.int32), media=Items(np.zeros(1), np.zeros(1))
         ): "no encoder of media",
