@@ -8,6 +8,7 @@ Dimension letters in array names, as in `logits_BxTxV` (scaling/ writes paramete
     L  layers                   N  query heads                      C  steps of one compiled call
     E  experts                  M  tokens of all rows, B x T        J  experts that a token goes to
     P  positions of the prefix of a row, which an encoder reads    W  hypotheses of a beam
+    I  items of media of a row, each of P tokens of its own        R  embeddings of all of them, I x P
 
 This module imports nothing heavy, so that `llm-jax --help` answers at once.
 """
@@ -17,76 +18,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from llm_jax.components import Experts, Media
 from llm_jax.settings import BadInput, check_types, did_you_mean, fingerprint, require, to_dict
 
 RULE: Literal["rule"] = "rule"
 """A setting that follows N and D by the rules of llm_jax/ladder.py."""
 
-SOURCES = ("stdlib", "files", "pairs", "synthetic", "tfds:NAME")
-
-
-@dataclass(frozen=True)
-class Experts:
-    """A mixture of experts in place of the MLP of every block (Shazeer et al. 2017, Fedus et al. 2021). Of family transformer alone."""
-
-    number: int = 0
-    """E, the experts that a router chooses from; 0: a dense MLP, and nothing below is read."""
-    per_token: int = 2
-    """k, the experts that a token goes to: 1 in Switch (Fedus et al. 2021), 2 in GShard and Mixtral. With routing=expert, on average."""
-    shared: int = 0
-    """Experts of the same width that every token passes besides (DeepSeekMoE, Dai et al. 2024)."""
-    granularity: int = 1
-    """G = hidden width of the dense MLP over that of an expert: more than 1 for fine-grained ones (Krajewski et al. 2024)."""
-    routing: Literal["token", "expert"] = "token"
-    """Who chooses: a token its k experts, or an expert its k / E of the batch's tokens (Zhou et al. 2022). The latter looks ahead,
-    at later tokens of the row, and so its training loss is none of a language model; held-out loss and generation let the tokens
-    choose by the same router."""
-    gate: Literal["softmax", "sigmoid"] = "softmax"
-    """How scores become weights: softmax over all experts (Shazeer et al. 2017), or a sigmoid each (DeepSeek-V3, 2024)."""
-    normalize: bool = True
-    """The weights of a token's k experts add up to 1, as in GShard, Mixtral and DeepSeek-V3. Read by routing=token; with k = 1 it
-    would leave the router without a gradient, and Switch does not."""
-    balance: Literal["aux", "bias", "none"] = "aux"
-    """aux: the loss of Switch (Fedus et al. 2021, eq. 4); bias: one an expert, added to its score where experts are chosen and not to
-    its weight, moved after each step towards the mean load (Wang et al. 2024, DeepSeek-V3). Experts that choose need none."""
-    aux_weight: float = 0.01
-    """Of the balancing loss, a layer (0.01 in Fedus et al. 2021)."""
-    bias_rate: float = 0.001
-    """What the bias moves by in a step (Wang et al. 2024, section 4.1)."""
-    z_weight: float = 0.001
-    """Of the router z-loss, mean(logsumexp(router logits)^2), a layer (ST-MoE, Zoph et al. 2022, eq. 5)."""
-    capacity_factor: float | None = None
-    """None: dropless. A number c: in training an expert takes the first c k M / E choices of a batch of M tokens and drops the rest
-    (Lepikhin et al. 2020); evaluation and generation drop nothing."""
-
-    def __post_init__(self) -> None:
-        check_types(self, "model.experts")
-        for name in ("number", "shared", "aux_weight", "bias_rate", "z_weight"):
-            require(getattr(self, name) >= 0, f"model.experts.{name} must not be negative, got {getattr(self, name)}")
-        for name in ("per_token", "granularity", "capacity_factor"):
-            value = getattr(self, name)
-            require(value is None or value > 0, f"model.experts.{name} must be positive, got {value}")
-        if not self.number:
-            return
-        require(
-            self.per_token <= self.number,
-            f"model.experts.per_token={self.per_token} exceeds model.experts.number={self.number}",
-        )
-        if self.routing == "expert":
-            require(
-                self.balance == "none" and self.capacity_factor is None,
-                "model.experts.routing=expert fills every expert alike: it needs balance=none and no capacity_factor",
-            )
-        else:
-            require(
-                self.per_token > 1 or not self.normalize,
-                "model.experts.normalize=true makes the one weight of per_token=1 a constant; set it to false",
-            )
-
-    @property
-    def sparsity(self) -> float:
-        """Share of the routed experts that a token does not pass; 0 for a dense MLP (Abnar et al. 2025)."""
-        return 1 - self.per_token / self.number if self.number else 0.0
+SOURCES = ("stdlib", "files", "pairs", "media", "synthetic", "tfds:NAME")
 
 
 @dataclass(frozen=True)
@@ -120,6 +58,7 @@ class Model:
     mlp: Literal["gelu", "swiglu", "relu2", "relu"] = "relu2"
     """relu2 is the squared ReLU of Primer (So et al. 2021), relu that of Vaswani et al. 2017."""
     experts: Experts = field(default_factory=Experts)
+    media: Media = field(default_factory=Media)
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     """Not read by feedforward, which has none."""
     norm_position: Literal["pre", "post"] = "pre"
@@ -187,6 +126,10 @@ class Model:
                 raise BadInput(
                     f"model.experts.granularity={grains} does not divide the width {self.ff_width} of the MLP; nearest below: {near}"
                 )
+        require(
+            self.media.kind == "none" or self.family == "transformer",
+            f"model.media needs model.family=transformer, got {self.family}",
+        )
 
     def _check_attention(self) -> None:
         if self.head_dim is None and self.d_model % self.num_heads:
@@ -260,6 +203,25 @@ class Model:
         """Hidden width of one expert."""
         return self.ff_width // self.experts.granularity
 
+    @property
+    def media_encoder(self) -> Model:
+        """The blocks of the encoder of media as a model: pre-norm, LayerNorm and GELU as published, computed as this one is."""
+        media = self.media
+        return Model(
+            num_layers=media.num_layers,
+            d_model=media.d_model,
+            num_heads=media.num_heads,
+            mlp="gelu",
+            norm="layernorm",
+            positions="learned" if media.kind == "image" else "sinusoidal",
+            max_context=media.tokens,
+            qk_norm=self.qk_norm,  # one learning rate trains both
+            dropout=self.dropout,
+            scan_layers=self.scan_layers,
+            recompute=self.recompute,
+            dtype=self.dtype,
+        )
+
 
 @dataclass(frozen=True)
 class Synthetic:
@@ -289,9 +251,11 @@ class Data:
 
     source: str = "stdlib"
     """stdlib (this interpreter's own sources), files, synthetic, or tfds:NAME for a data set registered with TFDS.
-    pairs: a source text and a target text each, for sequence-to-sequence tasks; a row holds one pair."""
+    pairs: a source text and a target text each, for sequence-to-sequence tasks; a row holds one pair.
+    media: texts with pictures or sounds in them, for model.media; a row holds one text."""
     files: tuple[str, ...] = ()
-    """Globs for source files: .txt .md .py, and .jsonl with an optional .gz .xz .zst. Of pairs: .tsv, a pair a line, and .jsonl."""
+    """Globs for source files: .txt .md .py, and .jsonl with an optional .gz .xz .zst. Of pairs: .tsv, a pair a line, and .jsonl.
+    Of media: .jsonl, lines {"text": "<media> is a cat", "media": ["cat.png"]}; paths are relative to the file."""
     text_field: str = "text"
     """The field of a .jsonl line or a TFDS example that holds the document."""
     pair_fields: tuple[str, ...] = ("source", "target")
@@ -319,14 +283,14 @@ class Data:
         valid = {name.split(":")[0] for name in SOURCES}
         if kind not in valid or (kind == "tfds") != (":" in self.source) or self.source == "tfds:":
             raise BadInput(f'data.source "{self.source}" is no source{did_you_mean(self.source, SOURCES)}')
-        reads_files = self.source in ("files", "pairs")
+        reads_files = self.source in ("files", "pairs", "media")
         require(
             not reads_files or bool(self.files),
             f"data.source={self.source} needs data.files, for instance 'corpus/*.jsonl.xz'",
         )
         require(
             reads_files or not self.files,
-            f"data.files is only read by data.source=files and pairs, not by {self.source}",
+            f"data.files is only read by data.source=files, pairs and media, not by {self.source}",
         )
         require(self.context >= 2, f"data.context must be at least 2, got {self.context}")
         require(
@@ -339,7 +303,10 @@ class Data:
                 self.prefix >= 2,
                 f"data.source=pairs needs data.prefix, the room of the source; try {max(2, self.context // 2)}",
             )
-            require(not self.document_mask, "data.source=pairs has one pair a row: data.document_mask has no meaning")
+        require(
+            self.source not in ("pairs", "media") or not self.document_mask,
+            f"data.source={self.source} has one {'pair' if self.source == 'pairs' else 'text'} a row: data.document_mask has no meaning",
+        )
         require(0 < self.val_fraction < 1, f"data.val_fraction must lie in (0, 1), got {self.val_fraction}")
         require(
             self.eval_tokens >= self.context,
@@ -382,6 +349,12 @@ class Train:
     """Steps between checkpoints; the last step always has one."""
     eval_every: int = 0
     """Steps between evaluations on the held-out set; 0: at the end alone."""
+    freeze: tuple[str, ...] = ()
+    """Parameters that keep their values, by the beginning of their path: media/encoder, blocks, embed, ... as llm-jax explain names
+    them. FLOPs are counted as if they were trained."""
+    init_from: str = ""
+    """A trial's folder, or a run directory, whose best trial it then is: parameters start as that trial left them, where path and
+    shape agree. The optimizer starts anew."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -425,6 +398,17 @@ class Config:
                 f"the tokenizer bytes needs model.vocab_size >= 256, got {self.model.vocab_size}",
             )
         context, prefix = self.data.context, self.data.prefix
+        media = self.model.media
+        require(
+            (media.kind != "none") == (self.data.source == "media"),
+            f"model.media.kind={media.kind} does not fit data.source={self.data.source}: image and audio go with media alone",
+        )
+        if media.kind != "none":
+            taken = media.items * media.tokens
+            require(
+                taken <= context - 2,
+                f"data.context={context} has no room for {media.items} x {media.tokens} tokens of media and a text; at least {taken + 2}",
+            )
         if self.model.encodes:
             require(
                 prefix >= 1,

@@ -17,7 +17,7 @@ import math
 from dataclasses import dataclass
 
 from llm_jax.config import RULE, Config
-from llm_jax.parts import num_params_active
+from llm_jax.parts import frozen, num_params_active
 from llm_jax.settings import BadInput
 
 TOKENS_PER_PARAM = 20
@@ -84,7 +84,12 @@ def warmup_steps(n_params: float, batch_tokens: float, num_steps: int) -> int:
 
 
 def resolve(cfg: Config) -> Config:
-    """A copy in which every "rule" is a number, in order: horizon, batch, learning rate, warm-up."""
+    """A copy in which every "rule" is a number, in order: horizon, batch, learning rate, warm-up.
+
+    Raises BadInput where train.freeze names no parameter, and where a rule has no size to go by.
+    """
+    if cfg.train.freeze:
+        frozen(cfg.model, cfg.train.freeze)
     train, n = cfg.train, num_params_active(cfg.model, cfg.data.context, cfg.data.prefix)
     if cfg.model.counted:
         if train.tokens == RULE:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from llm_jax.config import Model
+from llm_jax.settings import BadInput, did_you_mean
 
 Kind = Literal["embedding", "positions", "matrices", "attention", "norm", "bias", "head"]
 """matrices are those of the blocks: N of Kaplan et al. 2020. attention has no parameters: its products are of activations."""
@@ -35,7 +36,7 @@ class Part:
     """False where its array is another part's, as of a tied head, or none."""
     active: float = 1.0
     """Share of it that one token of a row uses: less than 1 for the experts of a mixture; for an encoder, the share of the row that
-    it reads, and for a decoder the rest."""
+    it reads, and for a decoder the rest. Of an encoder of media, its positions over those of the row, which may be more than 1."""
 
     @property
     def params(self) -> int:
@@ -76,6 +77,29 @@ def num_params_matrices(model: Model) -> int:
     return sum(part.params for part in parts(model, 1) if part.kind == "matrices")
 
 
+def num_params_media(model: Model) -> int:
+    """Those of the encoder of media, without the projector."""
+    return sum(part.params for part in parts(model, 1) if part.name.startswith("media/encoder/"))
+
+
+def frozen(model: Model, freeze: Iterable[str]) -> tuple[str, ...]:
+    """The names of the arrays that train.freeze names by the beginnings of their paths, whole steps of a path each.
+
+    Raises BadInput for a beginning that no array of the model has, with the nearest one that is there.
+    """
+    names = [part.name for part in parts(model, 1) if part.stored]
+    steps = {"/".join(name.split("/")[:i]) for name in names for i in range(1, name.count("/") + 2)}
+    for beginning in freeze:
+        if beginning not in steps:
+            raise BadInput(f'train.freeze "{beginning}" begins no path of a parameter{did_you_mean(beginning, steps)}')
+    return tuple(name for name in names if begins(name, freeze))
+
+
+def begins(path: str, freeze: Iterable[str]) -> bool:
+    """Whether the path of an array begins with one of the paths given, in whole steps."""
+    return any(path == one or path.startswith(f"{one}/") for one in freeze)
+
+
 def flops(counted: Iterable[Part], *kinds: Kind) -> int:
     """Of the products of one forward pass, a token; of some kinds alone where any are named."""
     return sum(part.flops for part in counted if not kinds or part.kind in kinds)
@@ -103,7 +127,7 @@ def _transformer(model: Model, context: int) -> tuple[Part, ...]:
         _attention("blocks/attention", model, model.num_layers, context),
         _experts(model) if model.experts.number else _mlp("blocks/mlp/", model, model.num_layers, model.ff_width),
     )
-    found = [*_inputs(model), *_block("blocks", model, model.num_layers, *branches)]
+    found = [*_media(model, context), *_inputs(model), *_block("blocks", model, model.num_layers, *branches)]
     return (*found, *([_norm("norm", model)] if model.norm_position == "pre" else []), _head(model))
 
 
@@ -164,6 +188,39 @@ def _experts(model: Model) -> list[Part]:
     return found + (
         _mlp("blocks/mlp/shared_", model, layers, mixture.shared * model.expert_width) if mixture.shared else []
     )
+
+
+def _media(model: Model, context: int) -> list[Part]:
+    """The encoder of media and its projector: what they do for all items of a row, shared among its tokens."""
+    media = model.media
+    if media.kind == "none":
+        return []
+    encoder, share, name, width = (
+        model.media_encoder,
+        media.items * media.tokens / context,
+        "media/encoder",
+        media.d_model,
+    )
+    if media.kind == "image":
+        patch = _matrix(f"{name}/patch", media.patch**2 * media.channels, (width,))
+        table = Part(f"{name}/positions", "positions", (media.tokens, width), width)
+        stem = _shared([patch, table], share)
+    else:
+        first = Part(f"{name}/conv1", "matrices", (3, media.mel_bins, width), width)
+        second = Part(f"{name}/conv2", "matrices", (3, width, width), width)
+        stem = [*_shared([first], 2 * share), *_shared([second], share)]
+    blocks = _block(
+        f"{name}/blocks",
+        encoder,
+        media.num_layers,
+        _attention(f"{name}/blocks/attention", encoder, media.num_layers, media.tokens),
+        _mlp(f"{name}/blocks/mlp/", encoder, media.num_layers, encoder.ff_width),
+    )
+    projector = [
+        _matrix("media/projector/up", width, (model.d_model,)),
+        _matrix("media/projector/down", model.d_model, (model.d_model,)),
+    ]
+    return [*stem, *_shared([*blocks, _norm(f"{name}/norm", encoder), *projector], share)]
 
 
 def _shared(found: Iterable[Part], share: float) -> list[Part]:

@@ -77,10 +77,14 @@ def sweep(options: SweepOptions) -> None:
 
 
 def _run_trials(folder: Path, name: str, experiment: Experiment, docstring: str, json: bool, workers: int = 1) -> None:
+    from llm_jax.training import initial
     from scaling import experiment as experiments
     from scaling import ledger
 
     trials = experiments.trials(experiment)
+    for trial in trials:
+        if trial.config.train.init_from:
+            initial.plan(trial.config)
     prepared = _prepare(experiment.config)
     ledger.create(folder, name, docstring, experiment, trials, prepared)
     from scaling import launch  # loads JAX: only now that nothing was refused
@@ -320,6 +324,7 @@ def generate(options: GenerateOptions) -> None:
             temperature=options.temperature,
             top_k=options.top_k,
             seed=options.seed,
+            media=options.media,
         )
     if options.json:
         print(jsonlib.dumps({"trial": trial.id, "prompt": options.prompt, "text": text}))

@@ -4,13 +4,14 @@ A multiplication and an addition are two FLOPs; the backward pass costs twice th
 
 Where FLOPs are counted, N is that of the active parameters, those that a token multiplies with. Of a mixture of experts they are the
 router, k of the E experts and the shared ones (Clark et al. 2022, section 2; Abnar et al. 2025, section 2). Of an encoder and a decoder
-they are the mean over the tokens of a row, of which each passes through one of the two (so Raffel et al. 2020, section 3.2.2).
+they are the mean over the tokens of a row, of which each passes through one of the two (so Raffel et al. 2020, section 3.2.2). Likewise
+of an encoder of media: its positions in a row times its parameters, over the tokens of the row, media and text.
 """
 
 from __future__ import annotations
 
 from llm_jax.config import Model
-from llm_jax.parts import flops, num_params, num_params_active, num_params_matrices, parts
+from llm_jax.parts import flops, num_params, num_params_active, num_params_matrices, num_params_media, parts
 
 
 def flops_6nd(n_params: float, d_tokens: float) -> float:
@@ -41,13 +42,15 @@ def flops_per_token(model: Model, context: int, prefix: int = 0) -> dict[str, in
 
 
 def counts(model: Model, context: int, d_tokens: int, prefix: int = 0) -> dict[str, float]:
-    """The columns of a ledger's row. A dense model counts as one expert, of granularity 1 and sparsity 0 (Clark et al. 2022)."""
+    """The columns of a ledger's row; N_media, of the encoder of media, where there is one. A dense model counts as one expert, of
+    granularity 1 and sparsity 0 (Clark et al. 2022)."""
     per_token, active = flops_per_token(model, context, prefix), num_params_active(model, context, prefix)
     experts = model.experts
     return {
         "N_params": num_params(model),
         "N_active": active,
         "N_non_embedding": num_params_matrices(model),
+        **({"N_media": num_params_media(model)} if model.media.kind != "none" else {}),
         "D_tokens": d_tokens,
         "num_experts": max(1, experts.number),
         "granularity": experts.granularity if experts.number else 1,

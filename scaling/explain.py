@@ -45,6 +45,7 @@ def explain(config: Config) -> dict[str, Any]:
         "family": model.family,
         "context": context,
         "encoder_tokens": prefix if model.encodes else 0,
+        "media_tokens": model.media.items * model.media.tokens if model.media.kind != "none" else 0,
         "tokens_per_microbatch": microbatch,
         "parts": rows,
         "per_token": cost.flops_per_token(model, context, prefix),
@@ -93,8 +94,11 @@ def describe(found: Mapping[str, Any]) -> str:
             "Parameters and activations are of all layers, FLOPs of their forward pass; training costs three times as many. "
             f"Activations: what the parts put out for one microbatch of {found['tokens_per_microbatch']:,} tokens.",
             f"N {run['N_params']:,}, active {run['N_active']:,}, without embeddings {run['N_non_embedding']:,}; D {run['D_tokens']:,}; "
+            + (f"encoder of media {run['N_media']:,}; " if found["media_tokens"] else "")
             + (
-                f"rows of {found['context']} tokens, of which the encoder reads {found['encoder_tokens']}: FLOPs are their mean"
+                f"rows of {found['context']} tokens, of which {found['media_tokens']} are media: FLOPs are their mean"
+                if found["media_tokens"]
+                else f"rows of {found['context']} tokens, of which the encoder reads {found['encoder_tokens']}: FLOPs are their mean"
                 if found["encoder_tokens"]
                 else f"attention over {found['context']} positions"
             ),

@@ -12,7 +12,7 @@ from pathlib import Path
 from llm_jax import files
 from llm_jax.config import trunk_key
 from llm_jax.data.prepare import Prepared
-from llm_jax.training import loop
+from llm_jax.training import initial, loop
 from llm_jax.training.optimizer import cooldown_start
 from scaling import ledger
 from scaling.experiment import Trial
@@ -49,6 +49,12 @@ def run_trial(folder: Path, trial: Trial, prepared: Prepared, branch_steps: Sequ
         progress=update,
     )
     ledger.record(folder, trial, prepared, result)
+    if (said := ledger.trial_folder(folder, trial.id) / initial.FILE).exists():
+        start = files.read_json(said)
+        print(
+            f"{trial.id} began with {len(start['taken'])} arrays of {start['from']} and {len(start['left'])} of its own",
+            file=sys.stderr,
+        )
 
 
 def work(folder: Path, prepared: Prepared, start: float = 0.0) -> None:

@@ -225,6 +225,9 @@ class GenerateOptions:
 
     run: RunFolder
     prompt: str = "def "
+    """Text to continue, or a source; <media> in it stands for the next file of --media."""
+    media: tuple[Path, ...] = ()
+    """Pictures, or .wav files, of a model with an encoder of media."""
     tokens: int = 256
     """Tokens to add."""
     temperature: float = 0.8

@@ -236,7 +236,7 @@ REFUSED = [
     ({"data.source": "tfds"}, 'data.source "tfds" is no source; did you mean "tfds:NAME"?'),
     ({"data.source": "stdlib:x"}, 'data.source "stdlib:x" is no source; did you mean "stdlib"?'),
     ({"data.source": "files"}, "data.source=files needs data.files, for instance 'corpus/*.jsonl.xz'"),
-    ({"data.files": ("a",)}, "data.files is only read by data.source=files and pairs, not by stdlib"),
+    ({"data.files": ("a",)}, "data.files is only read by data.source=files, pairs and media, not by stdlib"),
     ({"data.context": 1}, "data.context must be at least 2, got 1"),
     ({"data.val_fraction": 0.0}, "data.val_fraction must lie in (0, 1), got 0.0"),
     ({"data.eval_tokens": 100}, "data.eval_tokens=100 is less than one row; at least data.context=128"),

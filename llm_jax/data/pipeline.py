@@ -13,7 +13,8 @@ from llm_jax.data.prepare import Prepared
 
 
 class Windows:
-    """Rows of `context` + 1 tokens cut from the longer stored rows: random access, for Grain."""
+    """Rows of `context` + 1 tokens cut from the longer stored rows: random access, for Grain. {"tokens"}, and "media" of rows that have
+    them."""
 
     def __init__(self, sources: Sequence[Any], row_tokens: int, context: int):
         self._sources, self._context = sources, context
@@ -23,8 +24,9 @@ class Windows:
     def __len__(self) -> int:
         return int(self._ends[-1]) * self._per_row
 
-    def __getitem__(self, index: int) -> np.ndarray:
-        return self.window(int(index))[0]
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        tokens, stored = self.window(int(index))
+        return {"tokens": tokens, "media": stored["media"]} if "media" in stored else {"tokens": tokens}
 
     def window(self, index: int) -> tuple[np.ndarray, dict[str, Any]]:
         """The tokens, int32 [context + 1], and the stored row that they were cut from."""
@@ -43,7 +45,8 @@ def num_windows(prepared: Prepared, context: int) -> int:
 def train_iterator(
     prepared: Prepared, context: int, rows_per_step: int, seed: int, host: int = 0, hosts: int = 1
 ) -> grain.DatasetIterator:
-    """Endless batches `tokens_BxT` of one host's share of a step, shuffled anew each epoch; its state is saved and set through Grain.
+    """Endless batches {"tokens": tokens_BxT, "media": items_BxIx of rows that have them} of one host's share of a step, shuffled anew each
+    epoch; its state is saved and set through Grain.
 
     Host h takes every hosts-th row, so that a step sees the same rows however many hosts share them.
     """
@@ -61,10 +64,11 @@ def segments(tokens_BxT: np.ndarray, bos: int) -> np.ndarray:
 
 
 class EvalSet(NamedTuple):
-    """The fixed held-out rows, with the document that each begins in."""
+    """The fixed held-out rows, with the document that each begins in, and their media where they have any."""
 
     tokens_BxT: np.ndarray
     document_B: np.ndarray
+    items_BxIx: np.ndarray | None = None
 
 
 def eval_set(prepared: Prepared, context: int, max_tokens: int) -> EvalSet:
@@ -72,10 +76,11 @@ def eval_set(prepared: Prepared, context: int, max_tokens: int) -> EvalSet:
     windows = Windows(prepared.rows("validation"), prepared.row_tokens, context)
     count = max(1, min(len(windows), max_tokens // context))
     bos = prepared.tokenizer().bos
-    tokens, documents = [], []
+    tokens, documents, media = [], [], []
     for index in np.linspace(0, len(windows) - 1, count).astype(int):
         window, stored = windows.window(int(index))
         start = (index * context) % prepared.row_tokens
         tokens.append(window)
         documents.append(int(stored["document"]) + int((stored["tokens"][: start + 1] == bos).sum()))  # see rows.pair
-    return EvalSet(np.stack(tokens), np.asarray(documents))
+        media += [stored["media"]] if "media" in stored else []
+    return EvalSet(np.stack(tokens), np.asarray(documents), np.stack(media) if media else None)

@@ -22,23 +22,26 @@ from typing import Any
 import numpy as np
 
 from llm_jax import files
-from llm_jax.config import Config, Data
-from llm_jax.data import sources, synthetic, tokenizer
+from llm_jax.config import Config, Data, Media
+from llm_jax.data import media, sources, synthetic, tokenizer
 from llm_jax.data.sources import UNIT
+from llm_jax.data.survey import Survey
 from llm_jax.data.tokenizer import Tokenizer
 from llm_jax.settings import BadInput, fingerprint
 
 ROW_TOKENS = 2048
 """Tokens of a stored row, less what a context does not divide. Long rows, because reading costs by the row and not by the token."""
 IN_MEMORY = 2**26
-"""Tokens of a split up to which its rows are kept in memory."""
+"""Tokens of a split, and of its media as many pairs of bytes, up to which its rows are kept in memory."""
+SINGLE = ("pairs", "media")
+"""Sources of which a row holds one document."""
 PART_CHARACTERS = 64_000_000
 """Text of a part: what a kill loses at most."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Rows on disk. Counts are of what the splits hold after packing; of pairs, "tokens" / row_tokens of "documents" fitted."""
+    """Rows on disk. Counts are of what the splits hold after packing; of pairs and media, "tokens" / row_tokens of "documents" fitted."""
 
     folder: Path
     fingerprint: str
@@ -54,50 +57,22 @@ class Prepared:
     """True irreducible loss in nats a token, for the synthetic source."""
     checksums: dict[str, str]
     """SHA-256 of each file of rows."""
+    media_bytes: int = 0
+    """Of the media of a row."""
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that made the rows."""
         return tokenizer.load(self.folder, self.tokenizer_kind)
 
     def rows(self, split: str) -> list[Any]:
-        """Random-access sources of {"tokens": uint16 or int32 [row_tokens + 1], "document": int64}, one a part."""
+        """Random-access sources of {"tokens": uint16 or int32 [row_tokens + 1], "document": int64}, one a part; of media also
+        "media": [items, ...]."""
         from llm_jax.data import rows
 
-        read = rows.read_all if self.tokens[split] <= IN_MEMORY else rows.read
+        size = self.tokens[split] + self.tokens[split] // self.row_tokens * self.media_bytes // 2
+        read = rows.read_all if size <= IN_MEMORY else rows.read
         parts = ("validation",) if split == "validation" else self.train_parts
         return [read(self.folder / "rows", part) for part in parts]
-
-
-class Survey:
-    """What one pass over a source tells: content hash, and which documents are held out."""
-
-    def __init__(self, documents: Iterable[tuple[str, str]], val_fraction: float):
-        """Of pairs, those of one source are in one split."""
-        digest = hashlib.sha256()
-        names: list[str] = []
-        sizes: list[int] = []
-        for _, text in documents:
-            data = text.encode("utf-8", "replace")
-            digest.update(len(data).to_bytes(8, "little") + data)
-            names.append(hashlib.sha256(data.partition(UNIT.encode())[0]).hexdigest())
-            sizes.append(len(text))
-        self.sha256 = digest.hexdigest()
-        self.sizes = sizes
-        self.held_out = _hold_out(names, sizes, val_fraction)
-
-
-def _hold_out(hashes: list[str], sizes: list[int], fraction: float) -> set[int]:
-    """Documents in the order of their hashes until `fraction` of the text is reached, passing over those too large to fit in.
-
-    Those of one hash go together, so that no document is in both splits.
-    """
-    room, held = fraction * sum(sizes), set()
-    for _, group in itertools.groupby(sorted(range(len(sizes)), key=lambda i: hashes[i]), key=lambda i: hashes[i]):
-        same = list(group)
-        if (size := sum(sizes[i] for i in same)) <= room:
-            held.update(same)
-            room -= size
-    return held
 
 
 def prepare(cfg: Config, progress: Callable[[str, int, int], None] = lambda what, done, total: None) -> Prepared:
@@ -110,6 +85,9 @@ def prepare(cfg: Config, progress: Callable[[str, int, int], None] = lambda what
     settings: list[Any] = [cfg.data.tokenizer, cfg.data.val_fraction, _row_tokens(cfg.data)]
     if cfg.data.source == "pairs":
         settings.append(["pairs", cfg.data.prefix])
+    if cfg.data.source == "media":
+        items = cfg.model.media
+        settings.append([items.kind, items.items, items.tokens, *items.shape])
     if cfg.data.tokenizer != "bytes":
         settings.append(cfg.model.vocab_size)
     known = root / "index" / f"{fingerprint([source.signature, settings])}.json"
@@ -117,7 +95,9 @@ def prepare(cfg: Config, progress: Callable[[str, int, int], None] = lambda what
         folder = root / files.read_json(known)["fingerprint"]
         if (folder / "prepared.json").exists():
             return _load(folder)
-    survey = Survey(_counted(source.documents(), "reading", 0, progress), cfg.data.val_fraction)
+    has_media = cfg.data.source == "media"
+    documents = _checked(source.documents(), cfg.model.media) if has_media else source.documents()
+    survey = Survey(_counted(documents, "reading", 0, progress), cfg.data.val_fraction, has_media)
     if not sum(survey.sizes):
         raise BadInput(f"data.source={cfg.data.source} is empty: {len(survey.sizes)} documents without text")
     key = fingerprint([survey.sha256, settings])
@@ -130,7 +110,7 @@ def prepare(cfg: Config, progress: Callable[[str, int, int], None] = lambda what
 
 
 def _row_tokens(data: Data) -> int:
-    return data.context if data.source == "pairs" else data.context * max(1, ROW_TOKENS // data.context)
+    return data.context if data.source in SINGLE else data.context * max(1, ROW_TOKENS // data.context)
 
 
 def _load(folder: Path) -> Prepared:
@@ -149,18 +129,23 @@ def check(prepared: Prepared) -> list[str]:
 
 
 def _write(cfg: Config, documents: Callable, survey: Survey, folder: Path, key: str, progress: Callable) -> None:
-    if cfg.data.source == "pairs" and not survey.held_out:
+    if cfg.data.source in SINGLE and not survey.held_out:
+        what = "pair" if cfg.data.source == "pairs" else "text"
         raise BadInput(
-            f"data.source=pairs: no pair is small enough to be held out of {len(survey.sizes)}; add pairs, or raise data.val_fraction"
+            f"data.source={cfg.data.source}: no {what} is small enough to be held out of {len(survey.sizes)}; "
+            f"add {what}s, or raise data.val_fraction"
         )
     folder.mkdir(parents=True, exist_ok=True)
     row_tokens = _row_tokens(cfg.data)
     kind = cfg.data.tokenizer
     if kind != "bytes" and not (folder / "tokenizer.model").exists():
+        has_media = cfg.data.source == "media"
         training_texts = (
-            text.replace(UNIT, "\n") for i, (_, text) in enumerate(documents()) if i not in survey.held_out
+            text.partition(UNIT)[0].replace(media.MARK, "\n") if has_media else text.replace(UNIT, "\n")
+            for i, (_, text) in enumerate(documents())
+            if i not in survey.held_out
         )
-        tokenizer.save(tokenizer.train(kind, cfg.model.vocab_size, training_texts), folder)
+        tokenizer.save(tokenizer.train(kind, cfg.model.vocab_size, training_texts, has_media), folder)
     tok = tokenizer.load(folder, kind)
     train, held_out = _split(documents, survey, cfg.data.val_fraction)
     bounds = _part_bounds(survey)
@@ -170,7 +155,7 @@ def _write(cfg: Config, documents: Callable, survey: Survey, folder: Path, key: 
     }
     counts = {}
     for part, texts in parts.items():
-        counts[part] = _write_part(folder, part, texts, tok, cfg.data, sum(survey.sizes), progress)
+        counts[part] = _write_part(folder, part, texts, tok, cfg, sum(survey.sizes), progress)
     totals = {
         name: {
             "train": sum(count[name] for part, count in counts.items() if part != "validation"),
@@ -186,6 +171,11 @@ def _write(cfg: Config, documents: Callable, survey: Survey, folder: Path, key: 
                 raise BadInput(
                     f"data.source=pairs: {what} no pair that fits into data.prefix={cfg.data.prefix} and data.context={row_tokens}"
                     f" tokens; try data.prefix={2 * cfg.data.prefix} and data.context={2 * row_tokens}, or more pairs"
+                )
+            if cfg.data.source == "media":
+                raise BadInput(
+                    f"data.source=media: {what} no text that fits into data.context={row_tokens}, an item being"
+                    f" {cfg.model.media.tokens} tokens; try data.context={2 * row_tokens}, or more texts"
                 )
             raise BadInput(
                 f"data.source={cfg.data.source} is too small: {what} less than one row of {row_tokens} tokens; "
@@ -208,6 +198,7 @@ def _write(cfg: Config, documents: Callable, survey: Survey, folder: Path, key: 
             str(path.relative_to(base)): hashlib.sha256(path.read_bytes()).hexdigest()
             for path in sorted(base.rglob("*.array_record*"))
         },
+        media_bytes=media.load_items(cfg.model.media, "", []).nbytes if cfg.data.source == "media" else 0,
     )
     plain = {field.name: getattr(values, field.name) for field in dataclasses.fields(values) if field.name != "folder"}
     files.write_json(folder / "prepared.json", plain)
@@ -259,7 +250,7 @@ def _slice(texts: Callable, start: int, stop: int) -> Callable:
 
 
 def _write_part(
-    folder: Path, part: str, texts: Callable, tok: Tokenizer, data: Data, total: int, progress: Callable
+    folder: Path, part: str, texts: Callable, tok: Tokenizer, cfg: Config, total: int, progress: Callable
 ) -> dict[str, int]:
     """Prepares one part unless a finished one is there; returns its counts."""
     from llm_jax.data import rows
@@ -267,7 +258,7 @@ def _write_part(
     note = folder / "rows" / f"{part}.json"
     if note.exists():
         return files.read_json(note)
-    sizes, row_tokens = tok.token_bytes(), _row_tokens(data)
+    data, sizes, row_tokens = cfg.data, tok.token_bytes(), _row_tokens(cfg.data)
     counts = {"documents": 0, "tokens": 0, "bytes": 0}
 
     def batches() -> Iterator[list[str]]:
@@ -287,9 +278,16 @@ def _write_part(
             source, target = zip(*(text.split(UNIT) for text in batch), strict=True)
             yield from zip(tok.encode(source), tok.encode(target), strict=True)
 
+    def encoded_media() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for text in itertools.chain.from_iterable(batches()):
+            body, *paths = text.split(UNIT)
+            yield media.encode(tok, body, cfg.model.media.tokens), media.load_items(cfg.model.media, body, paths)
+
     def counted() -> Iterator[dict[str, Any]]:
         if data.source == "pairs":
             found = rows.pair(encoded_pairs(), tok.bos, tok.pad, row_tokens, data.prefix)
+        elif data.source == "media":
+            found = rows.single(encoded_media(), tok.bos, tok.pad, row_tokens)
         else:
             found = rows.pack(encoded(), tok.bos, row_tokens)
         for row in found:
@@ -300,6 +298,17 @@ def _write_part(
     rows.write(folder / "rows", part, counted(), row_tokens, tok.vocab_size)
     files.write_json(note, counts)
     return counts
+
+
+def _checked(documents: Iterable[tuple[str, str]], settings: Media) -> Iterator[tuple[str, str]]:
+    """The documents, once it is sure that the media of each can be read and fit into a row. Raises BadInput, with the line."""
+    for where, text in documents:
+        body, *paths = text.split(UNIT)
+        try:
+            media.load_items(settings, body, paths)
+        except BadInput as error:
+            raise BadInput(f"{where}: {error}") from None
+        yield where, text
 
 
 def _batched(texts: Iterable[str], size: int) -> Iterator[list[str]]:

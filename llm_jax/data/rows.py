@@ -53,20 +53,47 @@ def pair(
             fitting += 1
 
 
+def single(
+    encoded: Iterable[tuple[np.ndarray, np.ndarray]], bos: int, pad: int, row_tokens: int
+) -> Iterator[dict[str, Any]]:
+    """A row each of row_tokens + 1: `bos`, the document, `bos`, then `pad`; beside it "media", its items. Documents that do not fit are
+    left out; "document" counts those before."""
+    fitting = 0
+    for ids, items in encoded:
+        if len(ids) < row_tokens:
+            row = np.full(row_tokens + 1, pad, np.int32)
+            row[: len(ids) + 2] = [bos, *ids, bos]
+            yield {"tokens": row, "document": fitting, "media": items}
+            fitting += 1
+
+
 class TokenRows(tfds.core.GeneratorBasedBuilder):
-    """{"tokens": [row_tokens + 1], "document": how many documents began before the row}, in the order given."""
+    """{"tokens": [row_tokens + 1], "document": how many documents began before the row}, and "media" where there are any, in the
+    order given."""
 
     VERSION = tfds.core.Version("1.0.0")
 
-    def __init__(self, part: str, rows: Iterable[dict[str, Any]], row_tokens: int, vocab_size: int, data_dir: Path):
-        self._rows, self._row_tokens = rows, row_tokens
+    def __init__(
+        self,
+        part: str,
+        rows: Iterable[dict[str, Any]],
+        row_tokens: int,
+        vocab_size: int,
+        data_dir: Path,
+        media: np.ndarray | None,
+    ):
+        self._rows, self._row_tokens, self._media = rows, row_tokens, media
         self._dtype = np.uint16 if vocab_size <= 2**16 else np.int32
         config = tfds.core.BuilderConfig(name=part, version="1.0.0")
         super().__init__(config=config, data_dir=data_dir, file_format="array_record")
 
     def _info(self) -> tfds.core.DatasetInfo:
         tokens = tfds.features.Tensor(shape=(self._row_tokens + 1,), dtype=self._dtype, encoding="bytes")
-        features = tfds.features.FeaturesDict({"tokens": tokens, "document": np.int64})
+        features = {"tokens": tokens, "document": np.int64}
+        if self._media is not None:
+            shape, dtype = self._media.shape, self._media.dtype
+            features["media"] = tfds.features.Tensor(shape=shape, dtype=dtype, encoding="bytes")
+        features = tfds.features.FeaturesDict(features)
         return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
@@ -74,7 +101,7 @@ class TokenRows(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self) -> Iterator[tuple[int, dict[str, Any]]]:
         for i, row in enumerate(self._rows):
-            yield i, {"tokens": row["tokens"].astype(self._dtype), "document": row["document"]}
+            yield i, {**row, "tokens": row["tokens"].astype(self._dtype)}
 
 
 def write(folder: Path, part: str, rows: Iterable[dict[str, Any]], row_tokens: int, vocab_size: int) -> None:
@@ -85,7 +112,8 @@ def write(folder: Path, part: str, rows: Iterable[dict[str, Any]], row_tokens: i
     if first is None:
         return
     with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints where it writes
-        TokenRows(part, _chain(first, iterator), row_tokens, vocab_size, folder).download_and_prepare()
+        rows = _chain(first, iterator)
+        TokenRows(part, rows, row_tokens, vocab_size, folder, first.get("media")).download_and_prepare()
 
 
 def _chain(first: Any, rest: Iterator[Any]) -> Iterator[Any]:

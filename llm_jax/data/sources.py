@@ -21,11 +21,13 @@ from llm_jax.settings import BadInput, did_you_mean
 Documents = Iterator[tuple[str, str]]
 
 UNIT = "\x1f"
-"""Between the two texts of a pair, which is a document of this form: ASCII's unit separator."""
+"""Between the two texts of a pair, which is a document of this form, and between a text and the paths of its media: ASCII's unit
+separator."""
 
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 SUFFIXES = (*TEXT_SUFFIXES, ".jsonl")
 PAIR_SUFFIXES = (".tsv", ".jsonl")
+MEDIA_SUFFIXES = (".jsonl",)
 COMPRESSIONS = (".gz", ".xz", ".bz2", ".zst")
 NEEDS_TENSORFLOW = ("tiny_shakespeare", "lm1b", "pg19", "math_dataset")
 NEEDS_BEAM = ("c4", "wiki40b", "wikipedia")
@@ -48,6 +50,8 @@ def open_source(cfg: Data) -> Source:
         return _files(cfg)
     if cfg.source == "pairs":
         return _pairs(cfg)
+    if cfg.source == "media":
+        return _media(cfg)
     if cfg.source == "synthetic":
         from llm_jax.data import synthetic
 
@@ -105,6 +109,44 @@ def _pairs(cfg: Data) -> Source:
                         yield where, UNIT.join(pair)
 
     return Source(documents, ["pairs", *fields, [_stat(path) for path in paths]])
+
+
+def _media(cfg: Data) -> Source:
+    """Documents `text UNIT path UNIT path ...`, a line each, the marks in the text its media in order."""
+    paths = _paths(cfg)
+    for path in paths:
+        _kind(path, MEDIA_SUFFIXES)
+
+    def documents() -> Documents:
+        for path in paths:
+            with _open(path, _kind(path, MEDIA_SUFFIXES)[1]) as f:
+                for number, line in enumerate(f, 1):
+                    if line.strip():
+                        where = f"{path}:{number}"
+                        text = _values(line, (cfg.text_field,), where, "text_field")[0]
+                        if UNIT in text:
+                            raise BadInput(f"{where}: U+001F may not be in a text with media")
+                        yield where, UNIT.join([text, *_items(line, path.parent, where)])
+
+    items = sorted({path for _, text in documents() for path in text.split(UNIT)[1:]})
+    return Source(documents, ["media", cfg.text_field, [_stat(path) for path in paths], list(map(_stat_item, items))])
+
+
+def _stat_item(path: str) -> list[Any]:
+    try:
+        return _stat(Path(path))
+    except OSError:
+        raise BadInput(f"data.source=media: {path}: no such file") from None
+
+
+def _items(line: str, folder: Path, where: str) -> list[str]:
+    """Paths of the media of one line."""
+    names = json.loads(line).get("media", [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise BadInput(f'{where}: "media" must be a list of file names, got {names!r}')
+    if any(UNIT in part for part in names):
+        raise BadInput(f"{where}: U+001F may not be in the name of a file")
+    return [str(folder / name) for name in names]
 
 
 def _tabbed(line: str, where: str) -> list[str]:

@@ -18,12 +18,18 @@ SAMPLE_CHARACTERS = 20_000_000
 """SentencePiece is trained on this much text from the start of the shuffled documents; its own sampling is not deterministic."""
 
 
+PLACEHOLDER = "<|media|>"
+"""A control piece, which no text is ever encoded to, of SentencePiece models for texts with media."""
+
+
 class Tokenizer(Protocol):
-    """Ids are in [0, vocab_size); `bos` begins each document and is never part of one, nor is `pad`, which fills rows of pairs."""
+    """Ids are in [0, vocab_size); `bos` begins each document and is never part of one, nor is `pad`, which fills rows of pairs, nor
+    `media`, the placeholder of pictures and sounds."""
 
     vocab_size: int
     bos: int
     pad: int
+    media: int
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of each text, int32."""
@@ -39,10 +45,10 @@ class Tokenizer(Protocol):
 
 
 class Bytes:
-    """One token a UTF-8 byte. 0xFF begins a document and 0xFE pads, which UTF-8 never uses, so that 256 ids are enough."""
+    """One token a UTF-8 byte. 0xFF begins a document, 0xFE pads, 0xFD is for media; UTF-8 uses none of them: 256 ids are enough."""
 
     vocab_size = 256
-    bos, pad = 0xFF, 0xFE
+    bos, pad, media = 0xFF, 0xFE, 0xFD
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """A byte an id; half of a surrogate pair, which UTF-8 cannot write, becomes "?"."""
@@ -53,9 +59,9 @@ class Bytes:
         return bytes(i for i in ids if i < 0xF8).decode("utf-8", "replace")
 
     def token_bytes(self) -> np.ndarray:
-        """One each, and none for bos and pad."""
+        """One each, and none for bos, pad and media."""
         sizes = np.ones(256, np.int32)
-        sizes[[self.bos, self.pad]] = 0
+        sizes[[self.bos, self.pad, self.media]] = 0
         return sizes
 
     def sha256(self) -> str:
@@ -77,6 +83,7 @@ class SentencePiece:
         self.vocab_size = self._processor.vocab_size()
         self.bos = self._processor.bos_id()
         self.pad = self._processor.unk_id()  # no text has it: what is in no piece becomes bytes
+        self.media = self._processor.piece_to_id(PLACEHOLDER)  # unk, where it was trained without
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of each text, int32, without bos."""
@@ -106,8 +113,11 @@ class SentencePiece:
         return hashlib.sha256(json.dumps(self._pieces).encode()).hexdigest()
 
 
-def train(kind: Literal["bpe", "unigram"], vocab_size: int, documents: Iterable[str]) -> SentencePiece:
-    """A SentencePiece model of exactly `vocab_size` pieces, 256 of them single bytes; nothing is normalised away."""
+def train(
+    kind: Literal["bpe", "unigram"], vocab_size: int, documents: Iterable[str], media: bool = False
+) -> SentencePiece:
+    """A SentencePiece model of exactly `vocab_size` pieces, 256 of them single bytes, and one the placeholder of media where texts have
+    any; nothing is normalised away."""
     import sentencepiece
 
     model = io.BytesIO()
@@ -125,6 +135,7 @@ def train(kind: Literal["bpe", "unigram"], vocab_size: int, documents: Iterable[
             allow_whitespace_only_pieces=True,
             split_digits=True,
             user_defined_symbols=["\n"],
+            control_symbols=[PLACEHOLDER] if media else [],
             unk_id=0,
             bos_id=1,
             eos_id=-1,

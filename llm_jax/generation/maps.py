@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm_jax.config import Config, Model
+from llm_jax.data.media import MARK
 from llm_jax.data.prepare import Prepared
 from llm_jax.data.tokenizer import Tokenizer
 from llm_jax.generation.pairs import transduce
@@ -117,6 +118,10 @@ def maps_of_text(cfg: Config, prepared: Prepared, folder: Path, text: str) -> li
     """
     families.check_attends(cfg.model)
     require(bool(text), "--prompt is empty; give it a sentence")
+    require(
+        cfg.model.media.kind == "none" or MARK not in text,
+        f"--prompt: attention to media is not drawn; leave out {MARK}",
+    )
     tokenizer = prepared.tokenizer()
     ids = [tokenizer.bos, *tokenizer.encode([text])[0].tolist()]
     require(len(ids) <= MOST_TOKENS, f"--prompt has {len(ids)} tokens; a map can be read up to {MOST_TOKENS}")

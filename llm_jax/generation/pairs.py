@@ -48,7 +48,7 @@ def transduce(
                 cfg.model, params, prompt_BxT, num_tokens=room, width=width, alpha=alpha, end=tokenizer.bos, **rows
             )
             new_BxC = new_BxWxC[:, 0]
-        found += [tokenizer.decode(_until(ids, tokenizer.bos)) for ids in np.asarray(new_BxC).tolist()]
+        found += [tokenizer.decode(until(ids, tokenizer.bos)) for ids in np.asarray(new_BxC).tolist()]
     return found[: len(sources)]
 
 
@@ -59,7 +59,8 @@ def transduce_text(cfg: Config, prepared: Prepared, folder: Path, source: str, *
     return transduce(cfg, prepared.tokenizer(), loop.load_params(cfg, folder), [source], width=width)[0]
 
 
-def _until(ids: list[int], end: int) -> list[int]:
+def until(ids: list[int], end: int) -> list[int]:
+    """The ids before the first `end`."""
     return ids[: ids.index(end)] if end in ids else ids
 
 

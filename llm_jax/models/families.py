@@ -1,7 +1,8 @@
 """The families of models behind one interface: training, evaluation and generation call these and never a family by its name.
 
 A family is a linen module of (tokens_BxT, segment_BxT, cache), and of `prefix` where it has an encoder, and a function for its
-empty cache. An n-gram model is counted, not trained, and has neither parameters nor a module: see ngram.py.
+empty cache. A Transformer may have an encoder of media beside it (media.py). An n-gram model is counted, not trained, and has
+neither parameters nor a module: see ngram.py.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from jax.sharding import PartitionSpec
 
 from llm_jax.config import Model
 from llm_jax.models import encoder_decoder, feedforward, ngram, recurrent, seq2seq, transformer
+from llm_jax.models import media as encoders
+from llm_jax.models.media import Items
 from llm_jax.settings import BadInput
 
 Params = Any
@@ -46,11 +49,16 @@ def _module(cfg: Model, train: bool = False) -> Any:
 
 def _boxed(cfg: Model, key: jax.Array) -> Params:
     prefix = (1,) if cfg.encodes else ()
-    return _module(cfg).init(key, jnp.zeros((1, 2), jnp.int32), None, None, *prefix)["params"]
+    params = _module(cfg).init(key, jnp.zeros((1, 2), jnp.int32), None, None, *prefix)["params"]
+    if cfg.media.kind == "none":
+        return params
+    items_1x1x = jnp.zeros((1, 1, *cfg.media.shape), cfg.media.dtype)
+    return {**params, "media": encoders.Media(cfg).init(jax.random.fold_in(key, 1), items_1x1x)["params"]}
 
 
 def init(cfg: Model, key: jax.Array) -> Params:
-    """Float32 parameters as a plain tree of arrays; those of the blocks are stacked over layers."""
+    """Float32 parameters as a plain tree of arrays; those of the blocks are stacked over layers. Those of a language model are the
+    same with media and without."""
     return ngram.init(cfg) if cfg.counted else nn.meta.unbox(_boxed(cfg, key))
 
 
@@ -70,6 +78,7 @@ def apply(
     cache: Any = None,
     dropout_key: jax.Array | None = None,
     prefix: int = 0,
+    media: Items | None = None,
 ):
     """Logits for the token after each position from `prefix` on: `logits_BxTxV`, float32; with a cache, `(logits_BxTxV, cache)`.
 
@@ -79,8 +88,9 @@ def apply(
     Rows of `segment_BxT` number the documents packed into a row; none sees another. Behind an encoder a row is one document and the
     padding around it. With a cache of `init_cache` the tokens continue it; that they still fit is the caller's count. Segments go
     with the first tokens of a cache, which then continues the last document of each row, and only its logits mean anything; an
-    n-gram model refuses them. A dropout key means training: without one, dropout is off. Raises BadInput for more tokens than the
-    model or the cache has positions.
+    n-gram model refuses them. `media` are the pictures or sounds of the tokens given, for models of a model.media.kind; without them
+    placeholders are read as tokens. A dropout key means training: without one, dropout is off. Raises BadInput for more tokens than
+    the model or the cache has positions, and for media that the model has no encoder for.
     """
     if cfg.encodes and cache is None and not prefix:
         raise BadInput(
@@ -92,6 +102,8 @@ def apply(
     else:
         rngs = {"dropout": dropout_key} if dropout_key is not None else {}
         module, read = _module(cfg, train=dropout_key is not None), (prefix,) if cfg.encodes else ()
+        if media is not None:
+            read = (_placing(cfg, params, media, dropout_key),)
         out = module.apply({"params": params}, tokens_BxT, segment_BxT, cache, *read, rngs=rngs)
     if cfg.encodes or not prefix:
         return out
@@ -105,16 +117,30 @@ def apply_training(
     segment_BxT: jax.Array | None = None,
     dropout_key: jax.Array | None = None,
     prefix: int = 0,
+    media: Items | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """(logits_BxTxV, routing): as `apply`, with what the routers of a mixture of experts did, a layer (moe.Routing); else empty."""
     if not cfg.experts.number:
-        return apply(cfg, params, tokens_BxT, segment_BxT, None, dropout_key, prefix), {}
+        return apply(cfg, params, tokens_BxT, segment_BxT, None, dropout_key, prefix, media), {}
     _check_room(cfg, tokens_BxT.shape[1], None, prefix)
     rngs = {"dropout": dropout_key} if dropout_key is not None else {}
+    place = _placing(cfg, params, media, dropout_key) if media is not None else None
     logits_BxTxV, sown = _module(cfg, train=True).apply(
-        {"params": params}, tokens_BxT, segment_BxT, None, rngs=rngs, mutable=["routing"]
+        {"params": params}, tokens_BxT, segment_BxT, None, place, rngs=rngs, mutable=["routing"]
     )
     return logits_BxTxV[:, prefix:], sown["routing"]["blocks"]["mlp"]["sums"]
+
+
+def _placing(cfg: Model, params: Params, media: Items, dropout_key: jax.Array | None):
+    """What puts the embeddings of the media among those of the tokens."""
+    if media is not None and cfg.media.kind == "none":
+        raise BadInput(
+            "the model has no encoder of media: model.media.kind=none; train one with model.media.kind=image or audio"
+        )
+    rngs = {"dropout": jax.random.fold_in(dropout_key, 1)} if dropout_key is not None else {}
+    encoder = encoders.Media(cfg, train=dropout_key is not None)
+    embeddings_BxRxD: Any = encoder.apply({"params": params["media"]}, media.items_BxIx, rngs=rngs)
+    return lambda x_BxTxD: encoders.place(x_BxTxD, embeddings_BxRxD, media.at_BxT)
 
 
 def check_attends(cfg: Model) -> None:

@@ -7,6 +7,7 @@ of the two trained it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -169,7 +170,14 @@ class Transformer(nn.Module):
     train: bool = False
 
     @nn.compact
-    def __call__(self, tokens_BxT: jax.Array, segment_BxT: jax.Array | None = None, cache: Cache | None = None):
+    def __call__(
+        self,
+        tokens_BxT: jax.Array,
+        segment_BxT: jax.Array | None = None,
+        cache: Cache | None = None,
+        place: Callable[[jax.Array], jax.Array] | None = None,
+    ):
+        """`place` puts the embeddings of media among those of the tokens, BxTxD to BxTxD."""
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
         embed_VxD = self.param("embed", normal(("vocab", "embed"), cfg.d_model), (cfg.vocab_size, cfg.d_model))
         length = cache.length if cache is not None else jnp.int32(0)
@@ -186,6 +194,8 @@ class Transformer(nn.Module):
         angles = rotation(positions_BxT, cfg) if cfg.positions == "rotary" else None
         # The tied matrix has variance 1/D for the logits; sqrt(D) lifts the input to 1 (Vaswani et al. 2017, 3.4).
         x_BxTxD = embed_VxD.astype(dtype)[tokens_BxT] * dtype.type(cfg.d_model**0.5)
+        if place is not None:
+            x_BxTxD = place(x_BxTxD)
         if cfg.positions == "learned":
             shape = (cfg.max_context, cfg.d_model)
             table_TxD = self.param("positions", normal(("positions", "embed"), cfg.d_model), shape)

@@ -19,7 +19,7 @@ from llm_jax.config import Config, Model, Train, trunk_key
 from llm_jax.data import pipeline
 from llm_jax.data.prepare import Prepared
 from llm_jax.models import families, ngram
-from llm_jax.training import pretrain
+from llm_jax.training import initial, pretrain
 from llm_jax.training.checkpoint import Checkpoints
 from llm_jax.training.metrics import Metrics
 from llm_jax.training.optimizer import adamw, cooldown_start, learning_rates
@@ -57,7 +57,7 @@ class Result:
 def compiled_call(model: Model, train: Train, prefix: int):
     """One compilation for all trials of a shape: the settings that do not change the program are reset before they reach here."""
     optimizer = adamw(train)
-    loss_fn, adjust = pretrain.loss_fn(model, train, prefix), pretrain.adjust_fn(model)
+    loss_fn, adjust = pretrain.loss_fn(model, train, prefix), pretrain.adjust_fn(model, train.freeze)
     step = make_train_step(loss_fn, optimizer, train.grad_accumulation, adjust)
     return make_train_call(step, train.steps_per_call), jax.jit(optimizer.init)
 
@@ -72,7 +72,7 @@ def _compiled_init(model: Model):
 def _program(train: Train) -> Train:
     """The settings of `train` that the compiled step depends on; horizon, rate, schedule and seed reach it as arguments."""
     optimizer = ("beta1", "beta2", "epsilon", "weight_decay", "clip_norm")
-    names = (*optimizer, "z_loss", "label_smoothing", "grad_accumulation", "steps_per_call")
+    names = (*optimizer, "z_loss", "label_smoothing", "grad_accumulation", "steps_per_call", "freeze")
     return Train(**{name: getattr(train, name) for name in names})
 
 
@@ -114,6 +114,11 @@ def train(
             first_step = past[-1]
             state = trunk.restore(first_step, state, iterator)
             files.write_json(folder / "start.json", {"first_step": first_step})
+        elif cfg.train.init_from:
+            source, said = initial.plan(cfg, prepared.tokenizer_sha256)
+            params = initial.take(params, load_params(source.config, source.folder), said["taken"])
+            state = init_state(params, init_opt, cfg.train.seed)
+            files.write_json(folder / initial.FILE, {"from": str(source.folder), **said})
 
         step = int(state.step)
         metrics = stack.enter_context(contextlib.closing(Metrics(folder, step)))
@@ -125,12 +130,10 @@ def train(
         started = time.perf_counter()
         while step < num_steps and bad_step is None:
             n = min(per_call - step % per_call, next(s for s in stops if s > step) - step)
-            tokens_CxBxT = np.zeros((per_call, cfg.rows_per_step, cfg.data.context + 1), np.int32)
-            for i in range(n):
-                tokens_CxBxT[i] = next(iterator)
+            rows_C = _stack([next(iterator) for _ in range(n)], per_call)
             rates_C = np.zeros(per_call, np.float32)
             rates_C[:n] = learning_rates(cfg.train, num_steps, np.arange(step, step + n))
-            batches = pretrain.make_batch(tokens_CxBxT, tokenizer, cfg.data)
+            batches = pretrain.make_batch(rows_C["tokens"], tokenizer, cfg.data, rows_C.get("media"))
             state, new = call(state, batches, rates_C, n)
             # The call runs while the metrics of the one before are written and the next rows are read.
             if pending:
@@ -162,6 +165,15 @@ def train(
     return Result("done", evaluation.loss, evaluation.standard_error, evaluation.bits_per_byte, **timing)
 
 
+def _stack(batches: Sequence[dict[str, np.ndarray]], length: int) -> dict[str, np.ndarray]:
+    """Batches of several steps as one, with zeros behind them up to `length`."""
+    stacked = {name: np.zeros((length, *x.shape), x.dtype) for name, x in batches[0].items()}
+    for i, batch in enumerate(batches):
+        for name, x in batch.items():
+            stacked[name][i] = x
+    return stacked
+
+
 def _evaluation(cfg: Config, prepared: Prepared) -> Callable[..., pretrain.Evaluation]:
     """evaluate(params=...) on the fixed held-out set."""
     return functools.partial(
@@ -179,7 +191,7 @@ def _count(cfg: Config, prepared: Prepared, iterator, evaluate, folder: Path, pr
     Killed, it starts again: a pass over the rows is seconds.
     """
     started = time.perf_counter()
-    tokens_RxT = np.concatenate([next(iterator) for _ in range(cfg.num_steps)])
+    tokens_RxT = np.concatenate([next(iterator)["tokens"] for _ in range(cfg.num_steps)])
     params = ngram.count(cfg.model, tokens_RxT, prepared.tokenizer().bos if cfg.data.document_mask else None)
     folder.mkdir(parents=True, exist_ok=True)
     ngram.save(params, folder / COUNTS)

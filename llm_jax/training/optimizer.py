@@ -9,6 +9,7 @@ import numpy as np
 import optax
 
 from llm_jax.config import Train
+from llm_jax.parts import begins
 
 
 def learning_rates(cfg: Train, num_steps: int, steps: np.ndarray) -> np.ndarray:
@@ -42,12 +43,23 @@ def cooldown_start(cfg: Train, num_steps: int) -> int:
 
 
 def adamw(cfg: Train) -> optax.GradientTransformation:
-    """Clipped AdamW (Loshchilov and Hutter 2019) at learning rate 1: the step multiplies by the rate of the schedule."""
-    return optax.chain(
+    """Clipped AdamW (Loshchilov and Hutter 2019) at learning rate 1: the step multiplies by the rate of the schedule.
+
+    It keeps nothing for parameters that train.freeze names, and passes on their gradient, which the loss makes zero.
+    """
+    optimizer = optax.chain(
         optax.clip_by_global_norm(cfg.clip_norm),
         optax.scale_by_adam(b1=cfg.beta1, b2=cfg.beta2, eps=cfg.epsilon),
         optax.add_decayed_weights(cfg.weight_decay, mask=_is_matrix),
         optax.scale(-1.0),
+    )
+    return optax.masked(optimizer, lambda params: trained(params, cfg.freeze)) if cfg.freeze else optimizer
+
+
+def trained(params: Any, freeze: tuple[str, ...]) -> Any:
+    """A tree like `params`: False for those that train.freeze names by the beginning of their path."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: not begins(jax.tree_util.keystr(path, simple=True, separator="/"), freeze), params
     )
 
 

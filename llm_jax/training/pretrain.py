@@ -13,19 +13,30 @@ from llm_jax.config import Data, Model, Train
 from llm_jax.data.pipeline import EvalSet, segments
 from llm_jax.data.tokenizer import Tokenizer
 from llm_jax.models import families, ngram
+from llm_jax.models.media import Items
 from llm_jax.models.moe import rebalance
+from llm_jax.parts import begins
 from llm_jax.training.losses import cross_entropy, routing_loss, token_nll
+from llm_jax.training.optimizer import trained
 from llm_jax.training.step import AdjustFn, LossFn
 
 EVAL_ROWS = 16
 """Rows of one forward pass of the evaluation."""
 
 
-def make_batch(tokens_BxT: np.ndarray, tokenizer: Tokenizer, data: Data) -> dict[str, np.ndarray]:
-    """What the loss reads, from rows of context + 1 tokens; more leading axes are allowed. "weights" are of the targets after the
-    prefix, where they are not all 1: 0 where a row of pairs is padding, which is a document of its own.
+def make_batch(
+    tokens_BxT: np.ndarray, tokenizer: Tokenizer, data: Data, items_BxIx: np.ndarray | None = None
+) -> dict[str, Any]:
+    """What the loss reads, from rows of context + 1 tokens and their media; more leading axes are allowed. "weights" are of the targets
+    after the prefix, where they are not all 1: 0 where a row of pairs is padding, which is a document of its own, and where a row
+    with media is padding or a placeholder: the loss is of the text alone.
     """
-    batch = {"tokens": tokens_BxT}
+    batch: dict[str, Any] = {"tokens": tokens_BxT}
+    if items_BxIx is not None:
+        at_BxT = tokens_BxT == tokenizer.media
+        text_BxT = ~at_BxT & (tokens_BxT != tokenizer.pad)
+        media = Items(items_BxIx, at_BxT[..., :-1])
+        return batch | {"media": media, "weights": text_BxT[..., data.prefix + 1 :].astype(np.float32)}
     if data.source == "pairs":
         padding_BxT = tokens_BxT == tokenizer.pad
         weights_BxT = (~padding_BxT[..., data.prefix + 1 :]).astype(np.float32)
@@ -40,12 +51,23 @@ def _targets(batch: dict[str, jax.Array], prefix: int) -> tuple[jax.Array, jax.A
     return targets_BxT, jnp.ones(targets_BxT.shape, jnp.float32) if weights_BxT is None else weights_BxT
 
 
+def _held(params: Any, freeze: tuple[str, ...]) -> Any:
+    """The parameters, without a gradient for those that train.freeze names: nobody computes it then."""
+    return jax.tree.map(lambda x, trained: x if trained else jax.lax.stop_gradient(x), params, trained(params, freeze))
+
+
 def loss_fn(model: Model, train: Train, prefix: int = 0) -> LossFn:
     """loss(params, batch, key) of `make_batch`'s batches, by the settings of losses in `train`; see LossFn."""
 
-    def loss(params: Any, batch: dict[str, jax.Array], key: jax.Array):
+    def loss(params: Any, batch: dict[str, Any], key: jax.Array):
         logits_BxTxV, routing = families.apply_training(
-            model, params, batch["tokens"][:, :-1], batch.get("segments"), key if model.dropout else None, prefix
+            model,
+            _held(params, train.freeze),
+            batch["tokens"][:, :-1],
+            batch.get("segments"),
+            key if model.dropout else None,
+            prefix,
+            batch.get("media"),
         )
         targets_BxT, weights_BxT = _targets(batch, prefix)
         # What the head's product gave, before it was made float32: half the bytes in bfloat16.
@@ -59,9 +81,9 @@ def loss_fn(model: Model, train: Train, prefix: int = 0) -> LossFn:
     return loss
 
 
-def adjust_fn(model: Model) -> AdjustFn | None:
+def adjust_fn(model: Model, freeze: tuple[str, ...] = ()) -> AdjustFn | None:
     """What a step changes without a gradient: the routers' bias where it balances the experts; None for all other models."""
-    if not (model.experts.number and model.experts.balance == "bias"):
+    if not (model.experts.number and model.experts.balance == "bias") or begins("blocks/mlp/router_bias", freeze):
         return None
 
     def adjust(params: Any, sums: dict[str, jax.Array]) -> Any:
@@ -83,10 +105,12 @@ class Evaluation(NamedTuple):
 @functools.lru_cache
 def _compiled_nll(model: Model, prefix: int):
     @jax.jit
-    def nll(params: Any, batches: dict[str, jax.Array]) -> jax.Array:
+    def nll(params: Any, batches: dict[str, Any]) -> jax.Array:
         def rows(batch):
             inputs_BxT, segment_BxT = batch["tokens"][:, :-1], batch.get("segments")
-            logits_BxTxV = families.apply(model, params, inputs_BxT, segment_BxT, prefix=prefix)
+            logits_BxTxV = families.apply(
+                model, params, inputs_BxT, segment_BxT, prefix=prefix, media=batch.get("media")
+            )
             targets_BxT, weights_BxT = _targets(batch, prefix)
             return (token_nll(logits_BxTxV, targets_BxT)[0] * weights_BxT).sum(-1)
 
@@ -108,9 +132,13 @@ def evaluate(model: Model, params: Any, held_out: EvalSet, tokenizer: Tokenizer,
     else:
         padded = np.zeros((-(-rows // EVAL_ROWS) * EVAL_ROWS, width), np.int32)
         padded[:rows] = held_out.tokens_BxT
-        batches = make_batch(padded.reshape(-1, EVAL_ROWS, width), tokenizer, data)
+        items_BxIx = held_out.items_BxIx
+        if items_BxIx is not None:
+            items_BxIx = np.resize(items_BxIx, (len(padded), *items_BxIx.shape[1:]))
+            items_BxIx = items_BxIx.reshape(-1, EVAL_ROWS, *items_BxIx.shape[1:])
+        batches = make_batch(padded.reshape(-1, EVAL_ROWS, width), tokenizer, data, items_BxIx)
         nll_B = np.asarray(_compiled_nll(model, data.prefix)(params, batches), np.float64).reshape(-1)[:rows]
-    weights_BxT = make_batch(held_out.tokens_BxT, tokenizer, data).get("weights")
+    weights_BxT = make_batch(held_out.tokens_BxT, tokenizer, data, held_out.items_BxIx).get("weights")
     tokens_B = np.full(rows, width - 1 - data.prefix) if weights_BxT is None else weights_BxT.sum(-1, dtype=np.float64)
     loss = nll_B.sum() / tokens_B.sum()
     _, cluster_B = np.unique(held_out.document_B, return_inverse=True)

@@ -17,7 +17,7 @@ def prepared(corpus):
 
 
 def take(iterator, steps):
-    return [next(iterator) for _ in range(steps)]
+    return [next(iterator)["tokens"] for _ in range(steps)]
 
 
 def test_an_epoch_shows_every_row_once(prepared):
@@ -36,7 +36,7 @@ def test_an_epoch_shows_every_row_once(prepared):
 def test_windows_are_consecutive_cuts_of_the_stream(prepared):
     windows = pipeline.Windows(prepared.rows("train"), prepared.row_tokens, CONTEXT)
     for i in range(len(windows) - 1):
-        assert windows[i][-1] == windows[i + 1][0]
+        assert windows[i]["tokens"][-1] == windows[i + 1]["tokens"][0]
 
 
 def test_the_state_brings_back_the_very_next_batch(prepared):

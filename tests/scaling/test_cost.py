@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import pytest
 
 from llm_jax import parts
-from llm_jax.config import Experts, Model
+from llm_jax.config import Experts, Media, Model
 from llm_jax.models import families, moe
+from llm_jax.models.media import Items
 from scaling import cost
 
 MODELS = {
@@ -49,6 +50,13 @@ MODELS |= {
     "bahdanau": Model(family="seq2seq_rnn", num_layers=1, num_encoder_layers=2, d_model=32),
     "seq2seq_rnn": Model(family="seq2seq_rnn", num_layers=3, d_model=32, tie_embeddings=False, scan_layers=True),
 }
+SEES = Media(kind="image", items=2, size=8, patch=4, num_layers=3, d_model=24, num_heads=3)
+HEARS = Media(kind="audio", frames=8, mel_bins=6, num_layers=2, d_model=16)
+MODELS |= {
+    "seeing": Model(num_layers=2, d_model=32, media=SEES),
+    "seeing, experts": Model(num_layers=2, d_model=32, experts=Experts(number=4), media=SEES, qk_norm=False),
+    "hearing": Model(num_layers=2, d_model=32, tie_embeddings=False, scan_layers=True, media=HEARS),
+}
 every_model = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 CONTEXT, PREFIX = 16, 4
 
@@ -80,7 +88,10 @@ def products(jaxpr, times=1):
 
 
 def run(model, params, tokens_1xT):
-    return families.apply(model, params, tokens_1xT, prefix=PREFIX)
+    media = None
+    if model.media.kind != "none":
+        media = Items(jnp.ones((1, model.media.items, *model.media.shape), model.media.dtype), tokens_1xT == 7)
+    return families.apply(model, params, tokens_1xT, prefix=PREFIX, media=media)
 
 
 def sum_of_flops(found) -> int:
@@ -111,7 +122,9 @@ def test_training_costs_three_forward_passes(model):
         return run(model, params, tokens_BxT).sum()
 
     found = sum(flops for flops, _ in products(program(jax.grad(loss), model)))
-    assert found == CONTEXT * cost.flops_per_token(model, CONTEXT, PREFIX)["full"]
+    # But for the pixels or the spectrum, which need no gradient.
+    stems = [part for part in parts.parts(model, CONTEXT) if part.name.endswith(("/patch", "/conv1"))]
+    assert found + CONTEXT * parts.flops(stems) == CONTEXT * cost.flops_per_token(model, CONTEXT, PREFIX)["full"]
 
 
 @every_model
@@ -123,7 +136,7 @@ def test_parts_are_the_tree_of_parameters(model):
         for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)
     }
     stored = [part for part in parts.parts(model, CONTEXT) if part.stored]
-    layers = {part.name: (part.times,) if part.name.split("/")[0].endswith("blocks") else () for part in stored}
+    layers = {part.name: (part.times,) if "blocks/" in part.name else () for part in stored}
     assert tree == {part.name: layers[part.name] + part.shape for part in stored}
     assert parts.num_params(model) == sum(math.prod(shape) for shape in tree.values())
 
@@ -205,6 +218,22 @@ def test_a_token_passes_through_encoder_or_decoder():
     counts = cost.counts(both, 16, 1000, 8)
     assert counts["N_params"] > 1.7 * counts["N_active"]
     assert counts["C_flops"] == 6 * counts["N_active"] * 1000
+
+
+def test_the_published_counts_of_a_vit():
+    """ViT-B/16 (Dosovitskiy et al. 2021, table 1): 86 M parameters on pictures of 224 x 224, here without biases, class token and head."""
+    base = Media(kind="image", size=224, patch=16, num_layers=12, d_model=768, num_heads=12)
+    model = Model(qk_norm=False, media=base)
+    blocks, stem = 12 * (4 + 8) * 768**2, 16 * 16 * 3 * 768 + 196 * 768
+    assert cost.counts(model, 512, 1000)["N_media"] == blocks + stem + 25 * 768
+    assert cost.counts(model, 512, 1000)["N_media"] == pytest.approx(86e6, rel=0.01)
+    # Its cost is that of 196 tokens a picture, whatever stands around it.
+    text = parts.num_params_active(replace(model, media=Media()), 512)
+    projector = 768 * 128 + 128 * 128
+    assert 512 * (parts.num_params_active(model, 512) - text) == pytest.approx(
+        196 * (blocks + stem + projector), rel=1e-3
+    )
+    assert "N_media" not in cost.counts(MODELS["llama"], CONTEXT, 1000)
 
 
 def test_large_runs_do_not_overflow():

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from llm_jax.config import Config, Model, Train
+from llm_jax.config import Config, Data, Media, Model, Train
 from scaling import cli, explain
 
 EXPERIMENT = """
@@ -61,6 +61,22 @@ def test_activations_are_those_of_a_microbatch():
     assert sizes["blocks/input"] == 128 * 2 * 16 * 2
     assert sizes["embed"] == 128 * 16 * 2
     assert sizes["head"] == 128 * 256 * 4
+
+
+def test_an_encoder_of_media_is_in_the_table():
+    """By hand: a patch of 16 grey pixels becomes 8 numbers, for 2 x 4 of the 24 tokens of a row."""
+    sees = Media(kind="image", items=2, size=8, patch=4, channels=1, num_layers=1, d_model=8, num_heads=1)
+    config = Config(
+        model=Model(num_layers=1, d_model=16, num_heads=1, media=sees),
+        data=Data(source="media", files=("x",), context=24),
+    )
+    found = explain.explain(config)
+    parts = {part["part"]: part for part in found["parts"]}
+    assert parts["media/encoder/patch"]["flops"] == round(2 * 16 * 8 * 8 / 24)
+    assert 3 * sum(part["flops"] for part in found["parts"]) == found["per_token"]["full"]
+    n_media = sum(part["N_params"] for name, part in parts.items() if name.startswith("media/encoder/"))
+    assert found["run"]["N_media"] == n_media
+    assert f"encoder of media {n_media:,}; rows of 24 tokens, of which 8 are media" in explain.describe(found)
 
 
 def test_what_is_counted_has_no_table(capsys):
