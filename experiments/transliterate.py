@@ -9,18 +9,21 @@ e, ц and тс both ts, so that a word has to be known, or one of its family. Wo
 first, ё written as е, a tenth of them held out: forms of a held-out word may be in the training set, the word itself is not. A token
 is a letter.
 
-One process on two CPU cores that others used as well, six minutes for the three trials: 1.5e12 FLOPs each, as 6 N D of the active
-parameters. Measured 2026-11-22, seed 0, on 5,000 held-out words (standard error of an exact match 0.4 %; words whose letters two
-words share allow 98.7 %):
+One process on two CPU cores that others used as well, four minutes for the five trials and 80 seconds for the scores: 1.5e12 FLOPs
+each, as 6 N D of the active parameters. Measured 2026-11-22, seed 0, on 5,000 held-out words (standard error of an exact match 0.4 to
+0.5 %; words whose letters two words share allow 98.7 %):
 
-                     N active   nats a letter     exact match           character error rate
-                                                  greedy   beam of 4    greedy   beam of 4
-    encoder_decoder   135,644   0.1334 +- 0.0012  91.5 %   91.7 %       1.16 %   1.13 %
-    transformer       119,168   0.1339 +- 0.0013  91.1 %   91.1 %       1.27 %   1.25 %
-    seq2seq_rnn        91,929   0.1547 +- 0.0027  90.5 %   90.6 %       1.44 %   1.29 %
+                            N active   nats a letter     exact match           character error rate
+                                                         greedy   beam of 4    greedy   beam of 4
+    encoder_decoder          135,644   0.1334 +- 0.0012  91.5 %   91.7 %       1.16 %   1.13 %
+      as in 2017, warm-up 100 135,484  0.1356 +- 0.0025  85.2 %   85.2 %       2.22 %   2.18 %
+      as in 2017, warm-up 400 135,484  0.1453 +- 0.0029  82.5 %   82.7 %       2.72 %   2.66 %
+    transformer              119,168   0.1339 +- 0.0013  91.1 %   91.1 %       1.27 %   1.25 %
+    seq2seq_rnn               91,929   0.1547 +- 0.0027  90.5 %   90.6 %       1.44 %   1.29 %
 
-Two trials more are the encoder-decoder as it was published in 2017, of the same size and FLOPs, at two warm-ups: with norms after the
-sum, LayerNorm, sinusoids, ReLU, dropout and the schedule of its section 5.3.
+As in 2017 is the encoder-decoder as it was published, of the same size and FLOPs, at two warm-ups: norms after the sum, LayerNorm,
+sinusoids, ReLU, dropout and the schedule of its section 5.3. At the shorter warm-up its loss is within the
+error of the modern one's and 6 % fewer of its words are right.
 """
 
 from __future__ import annotations

@@ -27,7 +27,6 @@ from scaling.laws import CHINCHILLA
 from scaling.progress import progress
 from scaling.tables import Table
 
-SUBJECTS = ("fit",)
 DELTA = 1e-3
 OBJECTIVE = f"huber:{DELTA:g}"
 STARTS_SxP = np.array(

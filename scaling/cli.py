@@ -23,7 +23,8 @@ from llm_jax.settings import BadInput, did_you_mean, fingerprint
 from scaling.options import (
     AttentionOptions,
     BacktestOptions,
-    BenchOptions,
+    BenchFitOptions,
+    BenchTrainOptions,
     CalibrateOptions,
     DataOptions,
     ExplainOptions,
@@ -234,18 +235,27 @@ def calibrate(options: CalibrateOptions) -> None:
     print(jsonlib.dumps({"coverage": tables.finite(rows)}) if options.json else calibration.describe(rows))
 
 
-def bench(options: BenchOptions) -> None:
-    """Times one subject and prints what was found."""
+def bench_fit(options: BenchFitOptions) -> None:
+    """Times fits and bootstraps and prints what was found."""
     # For matrices this small the threads of OpenBLAS only wait for each other; SciPy's L-BFGS-B takes up to ten times longer
     # with them. It is read when NumPy is loaded.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from scaling import bench as benchmarks
     from scaling import tables
 
-    if options.subject not in benchmarks.SUBJECTS:
-        raise BadInput(f'"{options.subject}" is nothing to bench{did_you_mean(options.subject, benchmarks.SUBJECTS)}')
     found = benchmarks.bench_fit(options.table, options.where, options.full)
     print(jsonlib.dumps(tables.finite(found)) if options.json else benchmarks.describe(found))
+
+
+def bench_train(options: BenchTrainOptions) -> None:
+    """Times a training step and prints what was found."""
+    from scaling import experiment as experiments
+    from scaling import tables, throughput
+
+    base, _ = chosen_experiment(options)
+    point = {"depth": options.depth} if options.depth is not None else {}
+    found = throughput.bench_train(experiments.trial(base.config, base.ladder, point).config)
+    print(jsonlib.dumps(tables.finite(found)) if options.json else throughput.describe(found))
 
 
 def report(options: ReportOptions) -> None:
@@ -370,7 +380,8 @@ VERBS: dict[str, tuple[Any, Callable[[Any], None]]] = {
     "verify": (VerifyOptions, verify),
     "plan": (PlanOptions, plan),
     "calibrate": (CalibrateOptions, calibrate),
-    "bench": (BenchOptions, bench),
+    "bench fit": (BenchFitOptions, bench_fit),
+    "bench train": (BenchTrainOptions, bench_train),
     "report": (ReportOptions, report),
     "data": (DataOptions, data),
     "explain": (ExplainOptions, explain),
@@ -387,7 +398,7 @@ def _usage() -> str:
         "",
     ]
     for name, (options, _) in VERBS.items():
-        lines.append(f"  {name:10}{(options.__doc__ or '').splitlines()[0]}")
+        lines.append(f"  {name:12}{(options.__doc__ or '').splitlines()[0]}")
     return "\n".join([*lines, "", "llm-jax VERB --help shows a verb's options."])
 
 
@@ -409,10 +420,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if words[0] == "work":
             work(Path(words[1]), int(words[2]), int(words[3]))
             return 0
-        if words[0] not in VERBS:
-            raise BadInput(f'"{words[0]}" is no verb{did_you_mean(words[0], VERBS)}')
-        kind, verb = VERBS[words[0]]
-        verb(parse(kind, words[1:], words[0]))
+        name = words[0] if words[0] in VERBS else " ".join(words[:2])
+        if name not in VERBS:
+            raise BadInput(f'"{name}" is no verb{did_you_mean(name, VERBS)}')
+        kind, verb = VERBS[name]
+        verb(parse(kind, words[len(name.split()) :], name))
     except BadInput as error:
         print(f"llm-jax: {error}", file=sys.stderr)
         return 2

@@ -173,16 +173,28 @@ class CalibrateOptions:
 
 
 @dataclass(frozen=True)
-class BenchOptions:
-    """Time what is here against what it replaces: fits of scaling laws against the loop over SciPy of published analyses."""
+class BenchFitOptions:
+    """Time fits of scaling laws against the loop over SciPy of published analyses."""
 
-    subject: Annotated[Positional[str], arg(metavar="fit")]
     table: Annotated[Positional[Path | None], arg(metavar="RUN|TABLE.csv")] = None
     """Runs to fit Chinchilla's law to; default: 240 simulated ones with 1 % noise."""
     where: str = ""
     """Rows to keep, as for llm-jax fit."""
     full: bool = False
     """Time all of SciPy's 4,500 starts and 4,000 bootstraps, not a random sample of each that is scaled up."""
+    json: Json = False
+
+
+@dataclass(frozen=True)
+class BenchTrainOptions:
+    """Time the training step of a model: tokens a second, utilisation, memory, compilation."""
+
+    experiment: Annotated[Positional[Path | None], arg(metavar="EXPERIMENT.py")] = None
+    model: Model = Model()
+    data: Data = Data()
+    train: Train = Train()
+    depth: float | None = None
+    """Rung of the experiment's ladder; default: the base config, which no trial need have."""
     json: Json = False
 
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from llm_jax import parts
 from llm_jax.config import Experts, Model, Train
-from llm_jax.models import families, moe, transformer
+from llm_jax.models import families, moe
 from llm_jax.training import pretrain
 from llm_jax.training.optimizer import adamw
 from llm_jax.training.step import init_state, make_train_call, make_train_step
@@ -31,7 +31,6 @@ DENSE = Model(
     num_layers=2 if SMALL else 12,
     d_model=64 if SMALL else 768,
     num_heads=1 if SMALL else 12,
-    scan_layers=True,
     dtype="bfloat16",
 )
 WAYS = {
@@ -39,11 +38,6 @@ WAYS = {
     "dropless": replace(DENSE, experts=Experts(8, 2, granularity=2)),
     "capacity 1.25": replace(DENSE, experts=Experts(8, 2, granularity=2, capacity_factor=1.25)),
 }
-
-
-def fast_attention(q_BxTxNxH, k_BxSxKxH, v_BxSxKxH, **others):
-    """cuDNN's, so that the dense model is as fast as it can be and the experts' share as large."""
-    return jax.nn.dot_product_attention(q_BxTxNxH, k_BxSxKxH, v_BxSxKxH, is_causal=True, implementation="cudnn")
 
 
 def training(model: Model, tokens: np.ndarray):
@@ -137,8 +131,6 @@ def products_of_a_layer(step_ms: float) -> None:
 
 
 def main() -> None:
-    if jax.default_backend() == "gpu":
-        transformer.attend = fast_attention
     print(
         f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {ROWS} x {CONTEXT} tokens,"
         f" bfloat16, median of {ROUNDS} rounds of {STEPS} steps"

@@ -16,7 +16,7 @@ from jax.experimental.pallas import triton
 
 LEAST = -1e30
 """Stands for no logit: finite, so that no difference of two of them is NaN."""
-BLOCK, NUM_WARPS = 4096, 8
+BLOCK, NUM_WARPS = 4096, 16
 """Logits of one load, and warps of a program. The largest logit and the sum are kept for each place of a block and joined at the end:
 the warps need not wait for each other at every load."""
 

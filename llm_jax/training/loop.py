@@ -69,7 +69,7 @@ def _compiled_init(model: Model):
     return jax.jit(functools.partial(families.init, model), compiler_options=options)
 
 
-def _program(train: Train) -> Train:
+def program(train: Train) -> Train:
     """The settings of `train` that the compiled step depends on; horizon, rate, schedule and seed reach it as arguments."""
     optimizer = ("beta1", "beta2", "epsilon", "weight_decay", "clip_norm")
     names = (*optimizer, "z_loss", "label_smoothing", "grad_accumulation", "steps_per_call", "freeze")
@@ -96,7 +96,7 @@ def train(
     evaluate = _evaluation(cfg, prepared)
     if cfg.model.counted:
         return _count(cfg, prepared, iterator, evaluate, folder, progress)
-    call, init_opt = compiled_call(cfg.model, _program(cfg.train), cfg.data.prefix)
+    call, init_opt = compiled_call(cfg.model, program(cfg.train), cfg.data.prefix)
     params = _compiled_init(cfg.model)(jax.random.key(cfg.train.seed))
     state = init_state(params, init_opt, cfg.train.seed)
     tokenizer = prepared.tokenizer()

@@ -2,13 +2,14 @@
 
 import functools
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm_jax.config import Experts, Model
+from llm_jax.config import Config, Data, Experts, Model
 from llm_jax.data.tokenizer import Bytes
 from llm_jax.generation import maps
 from llm_jax.models import families
@@ -139,3 +140,18 @@ def test_each_token_has_a_text_whatever_its_bytes():
     ids = [tokenizer.bos, *tokenizer.encode(["Ёж a\n€"])[0].tolist()]
     assert maps.token_texts(tokenizer, ids) == ("<s>", "Ё", "", "ж", "", "␣", "a", "\\n", "€", "", "")
     assert maps.token_texts(tokenizer, [0xD0]) == ("�",), "half a letter"
+
+
+@pytest.mark.parametrize(("text", "source"), [("Ёж, ёжик", ("<s>", "Ё", "", "ж")), ("ab", ("<s>", "a"))])
+def test_an_encoder_of_running_text_reads_the_start_of_it(text, source, monkeypatch, tmp_path):
+    """Labels that are off by one token teach the opposite of what the model does; a text shorter than the prefix has a map too."""
+    model = replace(MODELS["encoder_decoder"], vocab_size=256)
+    cfg = Config(model, Data(context=16, prefix=4))
+    monkeypatch.setattr(maps.loop, "load_params", lambda *_: random_params(model))
+    prepared = SimpleNamespace(tokenizer=Bytes)
+    encoder, decoder, cross = maps.maps_of_text(cfg, prepared, tmp_path, text)
+    assert encoder.queries == encoder.keys == cross.keys == source
+    assert decoder.queries == decoder.keys == cross.queries
+    assert "".join(encoder.keys + decoder.keys) == "<s>" + text.replace(" ", "␣")
+    for one in (encoder, decoder, cross):
+        assert one.weights_LxNxTxS.shape[2:] == (len(one.queries), len(one.keys))

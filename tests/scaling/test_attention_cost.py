@@ -11,7 +11,7 @@ from llm_jax.config import Model
 from scaling import drawing
 
 PATH = Path(__file__).resolve().parents[2] / "experiments" / "attention_cost.py"
-TINY = (Model(num_layers=1, d_model=16, num_heads=2), 64, 32)
+TINY = (Model(num_layers=1, d_model=16, num_heads=2), 64, (16, 32))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -27,7 +27,6 @@ def script(monkeypatch):
     spec = importlib.util.spec_from_file_location("attention_cost", PATH)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "CONTEXTS", (16, 32, 64))
     monkeypatch.setattr(module, "SECONDS", 0.0)
     return module
 

@@ -72,7 +72,7 @@ def test_both_sides_find_the_same_and_what_was_scaled_up_is_said():
 def test_the_command_line(capsys, tmp_path):
     """A subject that is none gets one line with the nearest, as do rows of no table."""
     assert cli.main(["bench", "fitt"]) == 2
-    assert 'did you mean "fit"' in capsys.readouterr().err
+    assert 'did you mean "bench fit"' in capsys.readouterr().err
     assert cli.main(["bench", "fit", "--where", "loss > 2"]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
     assert cli.main(["bench", "fit", str(tmp_path / "none.csv")]) == 2

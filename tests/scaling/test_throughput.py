@@ -1,0 +1,61 @@
+"""A benchmark is believed for what it divides by: the counts behind its figures."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from llm_jax import parts
+from llm_jax.config import Config, Data, Experts, Model, Train
+from llm_jax.settings import BadInput
+from scaling import cli, throughput
+from scaling.experiment import Ladder, trial
+
+SMALL = Config(
+    Model(num_layers=1, d_model=16, num_heads=2), Data(context=8), Train(tokens_per_step=16, steps_per_call=2)
+)
+
+
+def test_model_flops_are_those_of_the_convention():
+    """6 N + 12 L D S, in the shape for which PaLM's appendix B writes it down; of experts, the active parameters."""
+    model = Model(num_layers=3, d_model=48, num_heads=4)
+    cfg = replace(SMALL, model=model, data=Data(context=32), train=Train())
+    assert throughput.model_flops(cfg) == 6 * parts.num_params(model) + 12 * 3 * 48 * 32
+    mixture = replace(model, experts=Experts(8, 2))
+    sparse = throughput.model_flops(replace(cfg, model=mixture))
+    assert sparse == 6 * parts.num_params_active(mixture, 32) + 12 * 3 * 48 * 32
+    assert sparse < 6 * parts.num_params(mixture)
+
+
+def test_figures_of_a_step_follow_from_each_other(mixed_dtypes, monkeypatch):
+    monkeypatch.setattr(throughput, "ROUNDS", 3)
+    monkeypatch.setattr(throughput, "_numpy_flops", lambda: 1e9)
+    cfg = trial(SMALL, Ladder(), {}).config
+    found = throughput.bench_train(cfg)
+    assert found["fastest"] <= found["seconds_per_step"] <= found["slowest"]
+    assert found["tokens_per_second"] == pytest.approx(16 / found["seconds_per_step"])
+    assert found["mfu"] == pytest.approx(found["tokens_per_second"] * found["flops_per_token"] / 1e9)
+    assert found["memory_bytes"] > 3 * 4 * parts.num_params(cfg.model), "parameters and two moments"
+    assert 0 < found["loss"] < 10
+    assert "NumPy" in throughput.describe(found)
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak"), [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H200", 989e12)]
+)
+def test_a_device_finds_its_peak(kind, peak):
+    """By its name in the data sheet; the more particular of two that fit."""
+    assert throughput._peak(kind)[0] == peak
+
+
+def test_what_has_no_step_is_refused(capsys):
+    with pytest.raises(BadInput, match="ngram is counted"):
+        throughput.bench_train(replace(SMALL, model=Model(family="ngram")))
+    assert cli.main(["bench", "trian"]) == 2
+    assert 'did you mean "bench train"' in capsys.readouterr().err
+
+
+def test_json_is_one_object(capsys, monkeypatch):
+    monkeypatch.setattr(throughput, "bench_train", lambda cfg: {"d_model": cfg.model.d_model, "mfu": float("nan")})
+    assert cli.main(["bench", "train", "--model.d_model", "32", "--model.num_heads", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"d_model": 32, "mfu": None}
