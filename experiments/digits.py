@@ -15,6 +15,13 @@ Letters of ten alphabets (Omniglot, Lake et al. 2015), each to be named by its a
     llm-jax sweep experiments/digits.py --workers 8 --run runs/alphabets --data.files media/alphabets/pictures.jsonl \
         --data.context 40 --train.tokens-per-step 2560
     python experiments/digits.py score runs/alphabets
+
+Two pictures in a text, interleaved, "<media> + <media> = 12", each digit in one sum alone:
+
+    python experiments/digits.py sums DATA/mnist_t10k.npz
+    llm-jax sweep experiments/digits.py --workers 8 --run runs/sums --data.files media/sums/pictures.jsonl \
+        --model.media.items 2 --data.context 42 --train.tokens-per-step 2688
+    python experiments/digits.py score runs/sums
 """
 
 from __future__ import annotations
@@ -71,42 +78,54 @@ def image_scaling(N_media, D_tokens, A, B, E, alpha, beta):
     return E + A / N_media**alpha + B / D_tokens**beta
 
 
-def write(name: str, pictures: Iterable[tuple[Image.Image, str]]) -> None:
+def write(name: str, texts: Iterable[tuple[str, list[Image.Image]]]) -> None:
     """media/NAME/pictures.jsonl, and a .png a picture beside it."""
     folder = FOLDER / name
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
-    for i, (picture, label) in enumerate(pictures):
-        picture.save(folder / f"{i:05}.png")
-        lines.append(json.dumps({"text": f"<media>{label}", "media": [f"{i:05}.png"]}) + "\n")
+    for i, (text, pictures) in enumerate(texts):
+        names = [f"{i:05}{letter}.png" for letter, _ in zip("ab", pictures, strict=False)]
+        for file, picture in zip(names, pictures, strict=True):
+            picture.save(folder / file)
+        lines.append(json.dumps({"text": text, "media": names}) + "\n")
     (folder / "pictures.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
-def write_digits(source: str, count: str = "10000") -> None:
-    """The first `count` digits of MNIST's test set (LeCun et al. 1998)."""
+def mnist(source: str, count: str) -> list[tuple[Image.Image, int]]:
+    """The first `count` digits of MNIST's test set (LeCun et al. 1998), with what they are."""
     import numpy as np
     from PIL import Image
 
     with np.load(source) as found:
         pairs = list(zip(found["images"], found["labels"], strict=True))[: int(count)]
-    write("digits", ((Image.fromarray(picture), str(label)) for picture, label in pairs))
+    return [(Image.fromarray(picture), int(label)) for picture, label in pairs]
+
+
+def write_digits(source: str, count: str = "10000") -> None:
+    """A picture and its digit, a line each."""
+    write("digits", ((f"<media>{label}", [picture]) for picture, label in mnist(source, count)))
+
+
+def write_sums(source: str, count: str = "10000") -> None:
+    """Two pictures and the sum of their digits, a line each."""
+    found = mnist(source, count)
+    pairs = zip(found[::2], found[1::2], strict=True)
+    write("sums", ((f"<media> + <media> = {a + b}", [one, other]) for (one, a), (other, b) in pairs))
 
 
 def write_alphabets(*sources: str) -> None:
     """Omniglot's drawings, scaled down, with the names of their alphabets; one that is in two archives is written once."""
     from PIL import Image
 
-    found: dict[str, tuple[Image.Image, str]] = {}
+    found: dict[str, tuple[str, list[Image.Image]]] = {}
     for source in sources:
         with zipfile.ZipFile(source) as archive:
             for name in sorted(archive.namelist()):
                 if name.endswith(".png"):
-                    picture = Image.open(io.BytesIO(archive.read(name))).convert("L")
+                    large = Image.open(io.BytesIO(archive.read(name))).convert("L")
+                    picture = large.resize((SIZE, SIZE), Image.Resampling.BOX)
                     _, alphabet, character, file = name.split("/")
-                    found[f"{alphabet}/{character}/{file}"] = (
-                        picture.resize((SIZE, SIZE), Image.Resampling.BOX),
-                        alphabet,
-                    )
+                    found[f"{alphabet}/{character}/{file}"] = f"<media>{alphabet}", [picture]
     write("alphabets", found.values())
 
 
@@ -127,4 +146,6 @@ def score(run: str, count: str = "1000") -> None:
 
 
 if __name__ == "__main__":
-    {"digits": write_digits, "alphabets": write_alphabets, "score": score}[sys.argv[1]](*sys.argv[2:])
+    {"digits": write_digits, "sums": write_sums, "alphabets": write_alphabets, "score": score}[sys.argv[1]](
+        *sys.argv[2:]
+    )
