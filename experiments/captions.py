@@ -11,7 +11,7 @@ captioning in one. Held out is a tenth, by content. `score` says how often the g
 often each is asked for. Names that nobody saw, as those of most flags, cannot be right, but their group can.
 
 Measured 2026-11-22 on two CPU cores that others used as well (--workers 2), six minutes, one seed, 187 held out (standard error of a
-share 3.6 %). Loss in nats a token, standard error 0.06 to 0.09; group right, and words F1 of the name, with the own pictures and with others':
+share 3.6 %). Loss in nats a token, standard error 0.06 to 0.09; group right and words F1 of the name, with the own pictures and others':
 
     N_media    tokens      loss    group own   others'   F1 own   others'
      19,072    500,000     2.219   54.0 %      15.5 %    0.098    0.004
@@ -22,7 +22,7 @@ share 3.6 %). Loss in nats a token, standard error 0.06 to 0.09; group right, an
     352,512    2,000,000   2.070   59.4 %      16.0 %    0.117    0.014
 
 The models see: the group is right three to four times as often as blindly. No held-out name is right as a whole, words of it are. 1,700
-pictures tell neither encoder from the other, and at two million tokens, 21 passes, the larger has begun to know them by heart.
+pictures do not tell the two encoders apart.
 """
 
 from __future__ import annotations
