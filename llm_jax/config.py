@@ -85,7 +85,8 @@ class Model:
     """One compiled block scanned over the layers: compiles faster when deep, runs slower when small. Same parameters either way."""
     recompute: Literal["nothing", "elementwise", "hidden", "block"] = "nothing"
     """What the backward pass computes anew rather than keep, for models whose activations do not fit (Chen et al. 2016): norms and
-    activations; the MLP's hidden layer too; whole blocks. Read by transformer alone. Same results but for rounding."""
+    activations, and attention where it is no kernel's; the MLP's hidden layer too; whole blocks. Read by transformer alone. Same results
+    but for rounding."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the computation; parameters are float32."""
 
