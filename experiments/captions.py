@@ -9,6 +9,20 @@ A text is the group of an emoji and its name, "Animals & Nature: bear face", bot
 captioning in one. Held out is a tenth, by content. `score` says how often the group is right, and the name; how many of its words
 (F1) and how many edits a character; and the same with the pictures of other emoji, which is what a blind model gets that knows how
 often each is asked for. Names that nobody saw, as those of most flags, cannot be right, but their group can.
+
+Measured 2026-11-22 on two CPU cores that others used as well (--workers 2), six minutes, one seed, 187 held out (standard error of a
+share 3.6 %). Loss in nats a token, standard error 0.06 to 0.09; group right and words F1 of the name, with the own pictures and others':
+
+    N_media    tokens      loss    group own   others'   F1 own   others'
+     19,072    500,000     2.219   54.0 %      15.5 %    0.098    0.004
+     19,072    1,000,000   2.027   55.1 %      16.0 %    0.126    0.006
+     19,072    2,000,000   2.004   61.5 %      14.4 %    0.140    0.008
+    352,512    500,000     2.218   51.9 %      15.0 %    0.102    0.011
+    352,512    1,000,000   1.995   58.3 %      17.1 %    0.114    0.014
+    352,512    2,000,000   2.070   59.4 %      16.0 %    0.117    0.014
+
+The models see: the group is right three to four times as often as blindly. No held-out name is right as a whole, words of it are. 1,700
+pictures do not tell the two encoders apart.
 """
 
 from __future__ import annotations

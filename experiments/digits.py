@@ -9,6 +9,19 @@ Classification by generation: a row is sixteen placeholders of a picture and its
 writes. Five encoders from 4 k to 340 k parameters, four horizons of one to eight passes over 9,000 pictures; the language model is the
 same, two blocks of width 48. The loss is of the text alone: of a digit and of the end behind it. In the table: N_media, the encoder.
 
+Measured 2026-11-22 on two CPU cores that others used as well (--workers 2), four minutes, 52 seconds for the scores, one seed. Loss in
+nats a token, standard error 0.008 to 0.014, and share of 1,000 held-out digits that are right, standard error 0.5 to 1 %:
+
+    N_media    1 pass           2 passes         4 passes         8 passes
+      4,192    0.226   87.5 %   0.126   92.9 %   0.077   94.4 %   0.055   96.6 %
+     14,496    0.165   91.0 %   0.099   94.0 %   0.059   96.4 %   0.046   97.1 %
+     26,880    0.177   89.4 %   0.103   93.9 %   0.076   95.6 %   0.047   97.2 %
+    102,848    0.174   89.7 %   0.094   94.8 %   0.060   95.7 %   0.053   97.1 %
+    338,784    0.170   90.9 %   0.103   93.4 %   0.078   95.8 %   0.063   97.0 %
+
+What the pictures buy is a power, beta 0.96 [0.69, 1.58]; what the encoder buys ends at 14 k parameters, where its exponent is not
+determined (alpha unbounded below): 9,000 digits need no larger one.
+
 Letters of ten alphabets (Omniglot, Lake et al. 2015), each to be named by its alphabet, drawn by other people in the held-out set:
 
     python experiments/digits.py alphabets DATA/omniglot_images_background_small1.zip DATA/omniglot_images_background_small2.zip

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from llm_jax.components import Experts, Media
-from llm_jax.settings import BadInput, check_types, did_you_mean, fingerprint, require, to_dict
+from llm_jax.settings import BadInput, check_types, did_you_mean, fingerprint, given, require
 
 RULE: Literal["rule"] = "rule"
 """A setting that follows N and D by the rules of llm_jax/ladder.py."""
@@ -454,7 +454,7 @@ class Config:
 
 def trunk_key(cfg: Config, data_fingerprint: str) -> str:
     """Names what a wsd run is until its cool-down: equal for runs that differ in their horizon alone."""
-    tree = to_dict(cfg)
+    tree = given(cfg)
     for name in ("tokens", "decay_fraction", "final_lr", "checkpoint_every", "eval_every"):
-        del tree["train"][name]
+        tree.get("train", {}).pop(name, None)
     return fingerprint([tree, data_fingerprint])

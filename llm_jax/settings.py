@@ -100,8 +100,23 @@ def override(config: T, values: Mapping[str, Any]) -> T:
     return from_dict(type(config), tree)
 
 
+def given(config: Any) -> dict[str, Any]:
+    """The fields of a dataclass that are not at their defaults, as plain JSON values."""
+    found = {}
+    for field in dataclasses.fields(config):
+        value, default = getattr(config, field.name), field.default
+        if dataclasses.is_dataclass(value):
+            value, default = given(value), {}
+        if value != default:
+            found[field.name] = value
+    return json.loads(json.dumps(found))
+
+
 def fingerprint(value: Any) -> str:
-    """12 hex digits of the SHA-256 of a dataclass or of JSON values: the name of a trial."""
+    """12 hex digits of the SHA-256 of JSON values, or of what a dataclass has that is not its default: the name of a trial.
+
+    So a setting that is new here renames no trial that was run without it.
+    """
     if dataclasses.is_dataclass(value):
-        value = to_dict(value)
+        value = given(value)
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]

@@ -26,6 +26,7 @@ from typing import Any
 from llm_jax import files
 from llm_jax.config import Config, trunk_key
 from llm_jax.data.prepare import Prepared
+from llm_jax.ladder import Ladder
 from llm_jax.settings import BadInput, did_you_mean, from_dict, to_dict
 from llm_jax.training.metrics import read_metrics
 from scaling import tables
@@ -74,6 +75,11 @@ def check(folder: Path, described: dict[str, Any]) -> None:
             raise BadInput(f"{folder} is not empty and no run directory; nearest that is free: {_free(folder)}")
         return
     known = files.read_json(path)
+    # Settings that this version has and that one had not are at their defaults there; a default that has changed differs.
+    known |= {
+        "config": to_dict(from_dict(Config, known["config"])),
+        "ladder": to_dict(from_dict(Ladder, known["ladder"])),
+    }
     for key in ("config", "ladder", "data"):
         if known[key] != described[key]:
             what, old, new = _difference(known[key], described[key], key)

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from llm_jax.config import RULE, Config, Data, Model, Synthetic, Train
-from llm_jax.settings import BadInput, did_you_mean, field_names, fingerprint, from_dict, override, to_dict
+from llm_jax.settings import BadInput, did_you_mean, field_names, fingerprint, from_dict, given, override, to_dict
 
 CONFIGS = {
     "default": Config(),
@@ -81,17 +81,39 @@ def test_configs_are_frozen_and_hashable():
 @every_config
 def test_fingerprint_tells_every_field_apart(config):
     """Two trials of one fingerprint would overwrite each other in the ledger."""
-    tree = to_dict(config)
+    tree = given(config)
     prints = {"": fingerprint(config)}
-    for name, value in leaves(tree).items():
+    for name in field_names(type(config)):
         changed = json.loads(json.dumps(tree))
         *parents, leaf = name.split(".")
         node = changed
         for parent in parents:
-            node = node[parent]
-        node[leaf] = not value if isinstance(value, bool) else [value, "other"]
+            node = node.setdefault(parent, {})
+        node[leaf] = [node.get(leaf), "other"]
         prints[name] = fingerprint(changed)
     assert len(set(prints.values())) == len(prints)
+    assert fingerprint(config) == fingerprint(tree)
+
+
+@every_config
+def test_what_is_given_makes_the_config_again(config):
+    """A fingerprint is of all that tells a config from another: what was left out must be the defaults."""
+    assert from_dict(type(config), given(config)) == config
+
+
+def test_a_setting_that_is_new_renames_no_trial():
+    """Results of runs from before a setting was there are still theirs: at its default it is not part of a name."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Before:
+        a: int = 1
+
+    @dataclasses.dataclass(frozen=True)
+    class After:
+        a: int = 1
+        new: Train = Train()
+
+    assert fingerprint(Before(2)) == fingerprint(After(2)) != fingerprint(After(2, Train(clip_norm=2.0)))
 
 
 def test_fingerprint_is_the_same_in_every_process():
@@ -101,7 +123,6 @@ def test_fingerprint_is_the_same_in_every_process():
     assert {python(code, hash_seed) for hash_seed in ("0", "1", "2")} == {fingerprint(eval(config))}
     assert fingerprint({"b": 1, "a": [2.5, None]}) == fingerprint({"a": [2.5, None], "b": 1})
     assert fingerprint({"a": 1}) == hashlib.sha256(b'{"a": 1}').hexdigest()[:12]
-    assert fingerprint(Config()) == fingerprint(to_dict(Config()))
 
 
 def test_equal_configs_have_equal_fingerprints():

@@ -36,7 +36,7 @@ def find_trial(path: Path) -> Source:
     """
     folders = [path] if (path / "trial.json").exists() else [found.parent for found in path.glob("trials/*/trial.json")]
     if not folders:
-        near = [str(one) for one in (path.parent.iterdir() if path.parent.is_dir() else ()) if one.is_dir()]
+        near = [str(found.parent) for found in path.parent.glob("*/experiment.json")]
         raise BadInput(
             f"train.init_from={path} is no run directory and no trial's folder{did_you_mean(str(path), near) if near else ''}"
         )

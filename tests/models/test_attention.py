@@ -155,3 +155,26 @@ def test_blocks_of_a_window_never_form_the_square():
     assert flops(attend, 512) == flops(attend_window, 512)
     assert flops(attend_window, 512) == pytest.approx(4 * flops(attend_window, 128), rel=0.05)
     assert flops(attend_plain, 512) > 12 * flops(attend_plain, 128)
+
+
+def test_the_gpus_kernel_is_asked_for_what_it_can_do_alone(monkeypatch):
+    """A mask as an array makes it three times slower, and what it does not know it would leave out: those go the plain way."""
+    asked = []
+    monkeypatch.setattr("llm_jax.kernels.used", lambda: True)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda q, k, v, **settings: asked.append(settings) or q)
+    q, k, v = (jnp.zeros((B, T, 2, 64), jnp.bfloat16) for _ in range(3))
+    attend(q, k, v)
+    attend(q, k, v, window=3)
+    attend(q, k, v, causal=False)
+    assert [(one["is_causal"], one["local_window_size"]) for one in asked] == [
+        (True, None),
+        (True, (2, 0)),
+        (False, None),
+    ]
+    assert all(one["implementation"] == "cudnn" for one in asked)
+    attend(q, k, v, segment_BxT=jnp.asarray(SEGMENT_BxT))
+    attend(q, k, v, offset=jnp.int32(0))
+    attend(q, k, v, visible_BxS=jnp.ones((B, T), bool))
+    attend(*(x.astype(jnp.float32) for x in (q, k, v)))
+    attend(*(jnp.zeros((B, T, 2, 129), jnp.bfloat16) for _ in range(3)))
+    assert len(asked) == 3

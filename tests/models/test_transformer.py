@@ -190,6 +190,30 @@ def test_scanned_and_unrolled_layers_are_one_model(name):
     jax.tree.map(functools.partial(assert_close, tolerance=1e-5), scanned_grads, unrolled_grads)
 
 
+@pytest.mark.parametrize(
+    ("recompute", "scan", "products"), [("elementwise", False, 0), ("hidden", False, 2), ("block", True, None)]
+)
+def test_what_is_computed_anew_changes_memory_alone(recompute, scan, products):
+    """The same gradients, and of matrix products just those done again that the setting gives up: SwiGLU's two a layer for the hidden
+    layer. In a scanned block they cannot be told by counting."""
+    cfg = replace(VARIANTS["llama"], num_layers=1, scan_layers=scan)
+    params, tokens_BxT, targets_BxT = random_params(cfg), random_tokens(0), random_tokens(1)
+    lighter = replace(cfg, recompute=recompute)
+    wanted, _ = gradient_and_logits(cfg, params, tokens_BxT, targets_BxT)
+    found, _ = gradient_and_logits(lighter, params, tokens_BxT, targets_BxT)
+    jax.tree.map(functools.partial(assert_close, tolerance=1e-5), found, wanted)
+    if products is not None:
+        programs = [
+            str(
+                jax.make_jaxpr(functools.partial(gradient_and_logits.__wrapped__, one))(params, tokens_BxT, targets_BxT)
+            )
+            for one in (cfg, lighter)
+        ]
+        plain, more = (program.count("dot_general[") for program in programs)
+        attention = 2  # the plain form's, between which is the softmax; cuDNN's kernel keeps what it needs
+        assert more - plain == products + attention
+
+
 @pytest.mark.parametrize("name", ["default", "gpt2", "gemma", "vaswani", "learned, window, scanned"])
 def test_decoding_with_a_cache_equals_the_full_pass(name):
     """What a model says must not depend on how its prompt was fed: token by token, or in chunks and then steps."""

@@ -52,6 +52,24 @@ def test_a_sweep_trains_each_trial_once(small, tmp_path):
     assert len(lines) == 4
 
 
+def test_results_from_before_a_setting_was_there_stay(small, tmp_path):
+    """An update that adds a setting must not train a finished sweep again, nor refuse its folder."""
+    folder = tmp_path / "run"
+    make(folder, small)
+    names = {row["id"] for row in ledger.rows(folder)}
+    for path in (folder / "experiment.json", *(folder / "trials").glob("*/trial.json")):
+        known = json.loads(path.read_text())
+        del known["config"]["model"]["logit_softcap"], known["config"]["train"]["z_loss"]
+        path.write_text(json.dumps(known))
+    make(folder, small)
+    assert {row["id"] for row in ledger.rows(folder)} == names
+    described = json.loads((folder / "experiment.json").read_text())
+    described["config"]["train"]["z_loss"] = 1e-4  # as if that had been its default then
+    (folder / "experiment.json").write_text(json.dumps(described))
+    with pytest.raises(BadInput, match=r"is 0\.0001 there and 0\.0 here"):
+        make(folder, small)
+
+
 def test_the_table_says_where_a_schedule_ends(small, tmp_path):
     """The warning about losses read before the rate has decayed stands on these columns: inverse_sqrt never decays to zero."""
     both = replace(
