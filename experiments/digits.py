@@ -22,7 +22,8 @@ nats a token, standard error 0.008 to 0.014, and share of 1,000 held-out digits 
 What the pictures buy is a power, beta 0.96 [0.69, 1.58]; what the encoder buys ends at 14 k parameters, where its exponent is not
 determined (alpha unbounded below): 9,000 digits need no larger one.
 
-Letters of ten alphabets (Omniglot, Lake et al. 2015), each to be named by its alphabet, drawn by other people in the held-out set:
+Letters of eight alphabets (Omniglot, Lake et al. 2015), each to be named by its alphabet; held out is a tenth of the 4,840 drawings, by
+people and of letters that are in the training set too:
 
     python experiments/digits.py alphabets DATA/omniglot_images_background_small1.zip DATA/omniglot_images_background_small2.zip
     llm-jax sweep experiments/digits.py --workers 8 --run runs/alphabets --data.files media/alphabets/pictures.jsonl \
