@@ -8,6 +8,14 @@
 A key sounds as two sines (DTMF, ITU-T Q.23): one of four frequencies for its row, one of four for its column, of unequal strength,
 for 60 to 120 ms, with 40 to 90 ms between keys, in white noise, the sines 0 to 20 dB above it. Three to six keys, drawn anew for
 each of the 3,000 clips; a tenth is held out. The model writes the keys down, and has to find how many there are.
+
+Measured 2026-11-22 on two CPU cores that others used as well (--workers 2), eight minutes, 14 seconds for the scores, one seed, 299
+clips held out; clips of which every key is right (standard error 0.6 % at 99 %), and edits a key:
+
+    N_media    4 passes           12 passes
+      5,840     1.3 %   0.619     93.3 %   0.017
+     31,712    33.1 %   0.242     98.3 %   0.004
+    118,656    57.5 %   0.139     99.0 %   0.002
 """
 
 from __future__ import annotations
