@@ -9,7 +9,7 @@ A key sounds as two sines (DTMF, ITU-T Q.23): one of four frequencies for its ro
 for 60 to 120 ms, with 40 to 90 ms between keys, in white noise, the sines 0 to 20 dB above it. Three to six keys, drawn anew for
 each of the 3,000 clips; a tenth is held out. The model writes the keys down, and has to find how many there are.
 
-Measured 2026-11-22 on two CPU cores that others used as well (--workers 2), ten and a half minutes, 14 seconds for the scores, one seed, 299
+Measured 2026-11-22 on two CPU cores that others used as well (--workers 2), eleven minutes, 14 seconds for the scores, one seed, 299
 clips held out; clips of which every key is right (standard error 0.6 % at 99 %), and edits a key:
 
     N_media    4 passes           12 passes
