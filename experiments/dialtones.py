@@ -12,7 +12,7 @@ each of the 3,000 clips; a tenth is held out. The model writes the keys down, an
 Measured 2026-11-22 on two CPU cores that others used as well (--workers 2), eleven minutes, 14 seconds for the scores, one seed, 299
 clips held out; clips of which every key is right (standard error 0.6 % at 99 %), and edits a key:
 
-    N_media    4 passes           12 passes
+    N_media    10 passes          30 passes
       5,840     1.3 %   0.619     93.3 %   0.017
      31,712    33.1 %   0.242     98.3 %   0.004
     118,656    57.5 %   0.139     99.0 %   0.002

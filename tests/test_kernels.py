@@ -32,29 +32,32 @@ def relative(found: jax.Array, wanted: jax.Array) -> float:
 @pytest.mark.parametrize("kind", ["rmsnorm", "layernorm"])
 @pytest.mark.parametrize(("rows", "width"), [(37, 48), (5, 1024), (100, 64), (3, 1500)])
 def test_gradients_of_norms(kind, dtype, rows, width):
-    """By the input, where the residual stream's is added, and by the scale; at widths and numbers of rows that fill no block."""
-    x, stream, grad = (normal(seed, (rows, width), dtype) for seed in range(3))
+    """By the input, where a residual stream's is added or not, and by the scale; at widths and numbers of rows that fill no block."""
+    x, grad, stream = (normal(seed, (rows, width), dtype) for seed in range(3))
     scale = normal(3, (width,))
-    found = norm.gradient(x, stream, grad, scale, kind, INTERPRET)
-    exact = [array.astype(jnp.float32) for array in (x, stream, grad)]
-    _, back = jax.vjp(lambda x, scale: (x, norm.plain(x, scale, kind)), exact[0], scale)
-    for mine, wanted in zip(found, back((exact[1], exact[2])), strict=True):
-        assert relative(mine, wanted) < TOLERANCE[dtype]
+    exact = [array.astype(jnp.float32) for array in (x, grad, stream)]
+    _, back = jax.vjp(lambda x, scale: norm.plain(x, scale, kind), exact[0], scale)
+    dx, dscale = back(exact[1])
+    for added, wanted in ((None, dx), (stream, dx + exact[2])):
+        found, of_scale = norm.gradient(x, grad, scale, kind, added, INTERPRET)
+        assert found.dtype == x.dtype
+        assert relative(found, wanted) < TOLERANCE[dtype]
+        assert relative(of_scale, dscale) < TOLERANCE[dtype]
 
 
-def test_a_fork_gives_the_stream_and_its_norm_with_both_gradients():
+def test_norms_and_forks_have_the_gradients_of_the_plain_form():
     x, scale = normal(0, (4, 6, 48)), normal(1, (48,))
     stream, grad = normal(2, x.shape), normal(3, x.shape)
 
-    def through(fork):
+    def through(normed, fork):
         def value(x, scale):
-            same, normed = fork(x, scale)
-            return (same * stream).sum() + (normed * grad).sum()
+            same, branch = fork(x, scale, "layernorm")
+            return (same * stream).sum() + (branch * grad).sum() + (normed(x, scale, "rmsnorm") * stream).sum()
 
         return jax.value_and_grad(value, (0, 1))(x, scale)
 
-    found = through(lambda x, scale: norm._forked(x, scale, "layernorm", INTERPRET))
-    wanted = through(lambda x, scale: (x, norm.plain(x, scale, "layernorm")))
+    found = through(lambda *a: norm._normed(*a, INTERPRET), lambda *a: norm._forked(*a, INTERPRET))
+    wanted = through(norm.plain, lambda x, *a: (x, norm.plain(x, *a)))
     for mine, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         assert relative(mine, theirs) < 1e-5
 

@@ -1,4 +1,4 @@
-"""The gradient of RMSNorm and LayerNorm in one kernel: by the input, by the scale, and added to that of the residual stream.
+"""The gradient of RMSNorm and LayerNorm in one kernel: by the input, by the scale, and added to that of a residual stream.
 
 XLA writes the product of gradient and normalised input out in float32 for the sum over rows, and adds the residual stream's gradient
 in a pass of its own. Here each array is read and written once.
@@ -32,9 +32,19 @@ def plain(x: jax.Array, scale: jax.Array, kind: str) -> jax.Array:
     return (y * jnp.broadcast_to(scale, y.shape)).astype(x.dtype)
 
 
+def norm(x: jax.Array, scale: jax.Array, kind: str) -> jax.Array:
+    """As `plain`."""
+    return _normed(x, scale, kind, False) if kernels.used() else plain(x, scale, kind)
+
+
 def fork(x: jax.Array, scale: jax.Array, kind: str) -> tuple[jax.Array, jax.Array]:
     """(x, norm of x): where a branch leaves the residual stream, whose two gradients are then added in the kernel."""
     return _forked(x, scale, kind, False) if kernels.used() else (x, plain(x, scale, kind))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _normed(x: jax.Array, scale: jax.Array, kind: str, interpret: bool) -> jax.Array:
+    return plain(x, scale, kind)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -42,24 +52,31 @@ def _forked(x: jax.Array, scale: jax.Array, kind: str, interpret: bool) -> tuple
     return x, plain(x, scale, kind)
 
 
-def _forward(x, scale, kind, interpret):
-    return (x, plain(x, scale, kind)), (x, scale)
-
-
-def _backward(kind, interpret, residuals, gradients):
+def _backward(kind, interpret, residuals, grad, stream=None):
     x, scale = residuals
-    x_MxD, stream_MxD, grad_MxD = (array.reshape(-1, x.shape[-1]) for array in (x, *gradients))
-    dx, dscale = gradient(x_MxD, stream_MxD, grad_MxD, scale, kind, interpret)
+    flat = (-1, x.shape[-1])
+    stream_MxD = None if stream is None else stream.reshape(flat)
+    dx, dscale = gradient(x.reshape(flat), grad.reshape(flat), scale, kind, stream_MxD, interpret)
     return dx.reshape(x.shape), dscale
 
 
-_forked.defvjp(_forward, _backward)
+_normed.defvjp(lambda x, scale, kind, _: (plain(x, scale, kind), (x, scale)), _backward)
+_forked.defvjp(
+    lambda x, scale, kind, _: ((x, plain(x, scale, kind)), (x, scale)),
+    lambda kind, interpret, residuals, both: _backward(kind, interpret, residuals, both[1], both[0]),
+)
 
 
 def gradient(
-    x_MxD: jax.Array, stream_MxD: jax.Array, grad_MxD: jax.Array, scale_D: jax.Array, kind: str, interpret: bool = False
+    x_MxD: jax.Array,
+    grad_MxD: jax.Array,
+    scale_D: jax.Array,
+    kind: str,
+    stream_MxD: jax.Array | None = None,
+    interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """(dx_MxD, dscale_D) of `plain` for the gradient `grad_MxD` of its output; `stream_MxD` is added to dx."""
+    """(dx_MxD, dscale_D) of `plain` for the gradient `grad_MxD` of its output; a `stream_MxD` is added to dx."""
+    arrays = [x_MxD, grad_MxD, *([] if stream_MxD is None else [stream_MxD])]
     total, width = x_MxD.shape
     columns = pl.next_power_of_2(width)
     rows = max(1, NUMBERS // columns)
@@ -69,7 +86,7 @@ def gradient(
     dx_MxD, partial_PxD = pl.pallas_call(
         functools.partial(_kernel, kind=kind, shape=(rows, columns), loads=loads, total=total),
         grid=(programs,),
-        in_specs=[of_rows, of_rows, of_rows, pl.BlockSpec((width,), lambda p: (0,))],
+        in_specs=[pl.BlockSpec((width,), lambda p: (0,)), *len(arrays) * [of_rows]],
         out_specs=[of_rows, pl.BlockSpec((None, width), lambda p: (p, 0))],
         out_shape=[
             jax.ShapeDtypeStruct(x_MxD.shape, x_MxD.dtype),
@@ -78,11 +95,12 @@ def gradient(
         interpret=interpret,
         compiler_params=triton.CompilerParams(num_warps=1, num_stages=1),
         name=f"{kind}_gradient",
-    )(x_MxD, stream_MxD, grad_MxD, scale_D)
+    )(scale_D, *arrays)
     return dx_MxD, partial_PxD.sum(0)
 
 
-def _kernel(x_ref, stream_ref, grad_ref, scale_ref, dx_ref, partial_ref, *, kind, shape, loads, total):
+def _kernel(scale_ref, x_ref, grad_ref, *others, kind, shape, loads, total):
+    *stream_ref, dx_ref, partial_ref = others
     rows, columns = shape
     width = x_ref.shape[1]
     first = pl.program_id(0) * rows * loads
@@ -98,9 +116,9 @@ def _kernel(x_ref, stream_ref, grad_ref, scale_ref, dx_ref, partial_ref, *, kind
     def one(i, sum_):
         where = (i * rows + row_, column_)
         inside_ = (column_ < width) & (first + where[0] < total)
-        x_, stream_, grad_ = (
+        x_, grad_, *stream_ = (
             triton.load(ref.at[where], mask=inside_, other=0.0).astype(jnp.float32)
-            for ref in (x_ref, stream_ref, grad_ref)
+            for ref in (x_ref, grad_ref, *stream_ref)
         )
         if kind == "layernorm":
             x_ = jnp.where(inside_, x_ - mean(x_), 0.0)
@@ -110,7 +128,8 @@ def _kernel(x_ref, stream_ref, grad_ref, scale_ref, dx_ref, partial_ref, *, kind
         dx_ = slope_ - y_ * mean(slope_ * y_)
         if kind == "layernorm":
             dx_ -= mean(slope_)
-        triton.store(dx_ref.at[where], (stream_ + deviation_ * dx_).astype(dx_ref.dtype), mask=inside_)
+        dx_ = sum(stream_, deviation_ * dx_)
+        triton.store(dx_ref.at[where], dx_.astype(dx_ref.dtype), mask=inside_)
         return sum_ + grad_ * y_
 
     sum_ = jax.lax.fori_loop(0, loads, one, jnp.zeros(shape, jnp.float32))

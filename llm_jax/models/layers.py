@@ -34,14 +34,11 @@ class Norm(nn.Module):
     axis: str = "embed"
 
     @nn.compact
-    def fork(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """(x, norm of x): where a branch leaves the residual stream; see kernels/norm.py."""
+    def __call__(self, x: jax.Array, fork: bool = False) -> Any:
+        """The norm of x; to `fork`, (x, norm of x), where a branch leaves the residual stream: see kernels/norm.py."""
         ones = nn.with_logical_partitioning(nn.initializers.ones_init(), (self.axis,))
         scale: Any = self.param("scale", ones, x.shape[-1:])
-        return norm.fork(x, scale, self.kind)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.fork(x)[1]
+        return (norm.fork if fork else norm.norm)(x, scale, self.kind)
 
 
 def project(x: jax.Array, kernel: jax.Array, num_in: int = 1) -> jax.Array:

@@ -152,9 +152,9 @@ class Block(nn.Module):
         mlp = Mixture(cfg, self.train, name="mlp") if cfg.experts.number else MLP(cfg, name="mlp")
         norm1, norm2 = Norm(cfg.norm, name="norm1"), Norm(cfg.norm, name="norm2")
         if cfg.norm_position == "pre":
-            x_BxTxD, y_BxTxD = norm1.fork(x_BxTxD)
+            x_BxTxD, y_BxTxD = norm1(x_BxTxD, fork=True)
             y_BxTxD, cache = attention(y_BxTxD, angles, segment_BxT, cache, length, visible_BxS)
-            x_BxTxD, y_BxTxD = norm2.fork(x_BxTxD + dropout(y_BxTxD))
+            x_BxTxD, y_BxTxD = norm2(x_BxTxD + dropout(y_BxTxD), fork=True)
             x_BxTxD += dropout(mlp(y_BxTxD))
         else:
             y_BxTxD, cache = attention(x_BxTxD, angles, segment_BxT, cache, length, visible_BxS)
