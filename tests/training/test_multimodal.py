@@ -126,7 +126,7 @@ def test_frozen_parts_keep_their_bits_and_the_rest_moves(cfg, tmp_path):
     assert frozen
     for name, leaf in start.items():
         assert np.array_equal(leaf, end[name]) == (name in frozen), name
-    _, init_opt = loop.compiled_call(held.model, loop._program(held.train), 0)
+    _, init_opt = loop.compiled_call(held.model, loop.program(held.train), 0)
     kept = sum(leaf.size for leaf in jax.tree.leaves(init_opt(loop.load_params(held, tmp_path / "held"))) if leaf.ndim)
     assert kept == 2 * sum(leaf.size for name, leaf in start.items() if name not in frozen)
 
