@@ -11,7 +11,7 @@ program says that it needs: parameters, optimizer, activations. A family ends at
 and the table says so. Exponents are straight lines through the logarithms of the four largest contexts, with 95 % intervals of
 Student's t: where a curve still bends they describe its end, and no law.
 
-Measured 2026-11-22 on one H100, jax 0.11.2, bfloat16, 12.7 M parameters, 16,384 tokens a step, five minutes, most of them compiling;
+Measured 2026-11-22 on one H100, jax 0.11.2, bfloat16, 12.7 M parameters, 16,384 tokens a step, five minutes in two calls;
 microseconds and KiB a token:
 
     context             256            1,024          4,096          16,384         time ~ context^
