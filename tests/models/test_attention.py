@@ -127,8 +127,17 @@ UNEVEN_BxT = np.array(
 )
 
 
-@pytest.mark.parametrize("segment_BxT", [None, UNEVEN_BxT], ids=["no segments", "uneven documents"])
-@pytest.mark.parametrize("window", [1, 4, 8])
+@pytest.mark.parametrize(
+    ("window", "segment_BxT"),
+    [
+        (4, UNEVEN_BxT),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, None), (4, None), (8, None))),
+        *(pytest.param(window, UNEVEN_BxT, marks=pytest.mark.slow) for window in (1, 8)),
+    ],
+    ids=lambda case: (
+        f"window {case}" if isinstance(case, int) else "no segments" if case is None else "uneven documents"
+    ),
+)
 def test_blocks_of_a_window_equal_the_plain_product(window, segment_BxT):
     """Blocks are where a window goes wrong unseen: a query at an edge that misses a key, or sees one too many, still trains."""
     rng = np.random.default_rng(5)

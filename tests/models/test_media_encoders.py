@@ -148,7 +148,14 @@ def test_text_alone_is_read_as_without_an_encoder():
     np.testing.assert_array_equal(families.apply(IMAGE, own, tokens), families.apply(text, other, tokens))
 
 
-@pytest.mark.parametrize("model", [IMAGE, AUDIO, MIXTURE], ids=["image", "audio", "mixture"])
+@pytest.mark.parametrize(
+    "model",
+    [
+        pytest.param(IMAGE, id="image"),
+        pytest.param(AUDIO, id="audio"),
+        pytest.param(MIXTURE, id="mixture", marks=pytest.mark.slow),
+    ],
+)
 def test_the_gradient_reaches_every_array(model):
     """Of the encoder and the projector too; and the loss is of text alone: another target in the place of an item changes nothing."""
     tokens, media, at = row(model)

@@ -31,6 +31,7 @@ def script(monkeypatch):
     return module
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("mixed_dtypes")
 def test_a_family_ends_where_memory_does_and_the_others_go_on(script, monkeypatch, capsys):
     """Full attention is there to run out of memory: what was measured before must be kept, and the reason told."""

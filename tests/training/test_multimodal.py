@@ -58,6 +58,7 @@ class Stop(Exception):
     pass
 
 
+@pytest.mark.slow
 def test_what_only_the_picture_tells_is_learned(cfg, tmp_path):
     """By generation: one of three colours would be right for a model that is blind. A run that was cut ends with the same bits."""
     prepared = prepare.prepare(cfg)
@@ -170,6 +171,7 @@ def finish(cfg, prepared, folder, loss):
     (folder / "result.json").write_text(json.dumps(result))
 
 
+@pytest.mark.slow
 def test_a_run_begins_with_the_parameters_of_another(cfg, tmp_path, corpus):
     """A language model trained on text gets eyes: its arrays are taken as they are, by path and shape, and the encoder starts anew."""
     short = override(cfg, {"train.tokens": 24 * 16})
