@@ -1,8 +1,8 @@
 """Cross-entropy and its gradient by the logits in one kernel, a row of logits a program.
 
 XLA reads the logits three times for the loss and once more for the gradient. Here the loss is summed up in the forward pass, the row
-is read again while it is in the L2 cache, and its gradient is written over it: two passes over the memory of the largest array of a
-training step and not five. So only where the gradient is wanted; evaluation has the plain form in training/losses.py.
+is read again, from the L2 cache as far as it is still there, and its gradient is written over it: two to three passes over the memory
+of the largest array of a training step and not five. So only where the gradient is wanted; evaluation has the plain form in losses.py.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ def _kernel(
 ):
     vocab = logits_ref.shape[0]
     target, weight = target_ref[0], weight_ref[0]
+    # Before the sums, where all warps wait for each other: the one that has this logit overwrites it as soon as they are through.
+    picked = triton.load(logits_ref.at[target]).astype(jnp.float32)
     place_ = jax.lax.iota(jnp.int32, block)
 
     def load(i, policy):
@@ -49,7 +51,7 @@ def _kernel(
     largest_, total_, every_ = jax.lax.fori_loop(0, pl.cdiv(vocab, block), add, start)
     largest = largest_.max()
     lse = largest + jnp.log((total_ * jnp.exp(largest_ - largest)).sum())
-    nll_ref[0] = lse - triton.load(logits_ref.at[target]).astype(jnp.float32)
+    nll_ref[0] = lse - picked
     lse_ref[0] = lse
     mean_ref[0] = every_.sum() / vocab
     # d/dlogits of w ((1 - e) nll + e mean_v(-log p_v) + z lse^2)

@@ -133,7 +133,7 @@ def apply_training(
 
 def _placing(cfg: Model, params: Params, media: Items, dropout_key: jax.Array | None):
     """What puts the embeddings of the media among those of the tokens."""
-    if media is not None and cfg.media.kind == "none":
+    if cfg.media.kind == "none":
         raise BadInput(
             "the model has no encoder of media: model.media.kind=none; train one with model.media.kind=image or audio"
         )

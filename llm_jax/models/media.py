@@ -16,7 +16,7 @@ from flax import linen as nn
 
 from llm_jax.config import Model
 from llm_jax.models.layers import Norm, activate, normal, project
-from llm_jax.models.transformer import KEPT, Block, sinusoids
+from llm_jax.models.transformer import recomputed, sinusoids
 
 
 class Items(NamedTuple):
@@ -81,6 +81,8 @@ class AudioEncoder(nn.Module):
 
 
 class Projector(nn.Module):
+    """x_XxPxD of the encoder's width to that of the language model: two layers with GELU between them."""
+
     cfg: Model
 
     @nn.compact
@@ -96,7 +98,7 @@ def blocks(cfg: Model, train: bool):
     the norm behind them."""
     encoder = cfg.media_encoder
     layers = nn.scan(
-        Block if encoder.recompute == "nothing" else nn.remat(Block, policy=KEPT[encoder.recompute]),
+        recomputed(encoder),
         variable_axes={"params": 0},
         split_rngs={"params": True, "dropout": True},
         in_axes=5 * (nn.broadcast,),

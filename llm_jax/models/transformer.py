@@ -163,6 +163,11 @@ class Block(nn.Module):
         return x_BxTxD, cache
 
 
+def recomputed(cfg: Model) -> Any:
+    """Block, of which the backward pass computes anew what `cfg.recompute` says."""
+    return Block if cfg.recompute == "nothing" else nn.remat(Block, policy=KEPT[cfg.recompute])
+
+
 class Transformer(nn.Module):
     """The whole model as a linen module; training and generation see it through llm_jax/models/families.py."""
 
@@ -204,7 +209,7 @@ class Transformer(nn.Module):
             x_BxTxD += sinusoids(positions_BxT, cfg.d_model).astype(dtype)
         x_BxTxD = nn.Dropout(cfg.dropout, deterministic=not self.train)(x_BxTxD)
         layers = nn.scan(
-            Block if cfg.recompute == "nothing" else nn.remat(Block, policy=KEPT[cfg.recompute]),
+            recomputed(cfg),
             variable_axes={"params": 0, "routing": 0, "attention": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(0 if cache is not None else nn.broadcast, *4 * (nn.broadcast,)),
