@@ -67,6 +67,11 @@ def single(
             fitting += 1
 
 
+class _OwnInfo(tfds.core.DatasetInfo):
+    def initialize_from_bucket(self) -> None:
+        """Nothing: TFDS would ask its public bucket for these rows, and leave an empty temporary folder each time."""
+
+
 class TokenRows(tfds.core.GeneratorBasedBuilder):
     """{"tokens": [row_tokens + 1], "document": how many documents began before the row}, and "media" where there are any, in the
     order given."""
@@ -94,7 +99,7 @@ class TokenRows(tfds.core.GeneratorBasedBuilder):
             shape, dtype = self._media.shape, self._media.dtype
             features["media"] = tfds.features.Tensor(shape=shape, dtype=dtype, encoding="bytes")
         features = tfds.features.FeaturesDict(features)
-        return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+        return _OwnInfo(builder=self, features=features, disable_shuffling=True)
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
         return {"rows": self._generate_examples()}
