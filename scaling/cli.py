@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from llm_jax.config import Config
 from llm_jax.settings import BadInput, did_you_mean, fingerprint
+from llm_jax.training.preemption import EXIT_STATUS, Preempted
 from scaling.options import (
     AttentionOptions,
     BacktestOptions,
@@ -403,7 +404,7 @@ def _usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a verb. Returns the exit status: 0, 2 for bad input, 130 when interrupted, 141 for a closed pipe."""
+    """Runs a verb. Returns the exit status: 0, 2 for bad input, 75 when told to leave, 130 when interrupted, 141 for a closed pipe."""
     words = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):  # a terminal that cannot draw a letter is no reason to stop
         if isinstance(stream, io.TextIOWrapper):
@@ -428,6 +429,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BadInput as error:
         print(f"llm-jax: {error}", file=sys.stderr)
         return 2
+    except Preempted as error:
+        print(f"llm-jax: told to leave {error}; saved, and the same command goes on from there", file=sys.stderr)
+        return EXIT_STATUS
     except KeyboardInterrupt:
         print("llm-jax: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -12,10 +13,13 @@ from pathlib import Path
 from llm_jax import files
 from llm_jax.config import trunk_key
 from llm_jax.data.prepare import Prepared
-from llm_jax.training import initial, loop
+from llm_jax.training import initial, loop, preemption
 from llm_jax.training.optimizer import cooldown_start
+from llm_jax.training.preemption import Preempted
+from llm_jax.training.watch import Watch
 from scaling import ledger
 from scaling.experiment import Trial
+from scaling.leases import Lease
 from scaling.progress import progress
 
 POLL_SECONDS = 1.0
@@ -38,16 +42,29 @@ def trunk_groups(trials: Sequence[Trial], prepared: Prepared) -> dict[str, list[
     return {key: sorted(group, key=lambda t: -t.config.num_steps) for key, group in groups.items() if len(group) > 1}
 
 
-def run_trial(folder: Path, trial: Trial, prepared: Prepared, branch_steps: Sequence[int], update: Callable) -> None:
+def run_trial(
+    folder: Path,
+    trial: Trial,
+    prepared: Prepared,
+    branch_steps: Sequence[int],
+    update: Callable,
+    lease: Lease,
+    told: Callable[[], bool],
+) -> None:
     """Trains a claimed trial and records how it ended."""
-    result = loop.train(
-        trial.config,
-        prepared,
-        ledger.trial_folder(folder, trial.id),
-        trunks=folder / "trunks",
-        branch_steps=branch_steps,
-        progress=update,
-    )
+    with contextlib.closing(Watch(f"trial {trial.id}")) as watch:
+        lease.facts = watch.snapshot
+        result = loop.train(
+            trial.config,
+            prepared,
+            ledger.trial_folder(folder, trial.id),
+            trunks=folder / "trunks",
+            branch_steps=branch_steps,
+            progress=update,
+            told=told,
+            watch=watch,
+        )
+        lease.write()  # before the result: the table has where time went
     ledger.record(folder, trial, prepared, result)
     if (said := ledger.trial_folder(folder, trial.id) / initial.FILE).exists():
         start = files.read_json(said)
@@ -61,7 +78,7 @@ def work(folder: Path, prepared: Prepared, start: float = 0.0) -> None:
     """Trains trials of a run until none is left, alone or beside other workers.
 
     Each worker begins at another share `start` of the trials, so that a shape is compiled by one of them. Runs that branch off
-    a trunk wait for the longest of their group, which trains the trunk.
+    a trunk wait for the longest of their group, which trains the trunk. Raises Preempted where a signal tells this process to leave.
     """
     use_compile_cache()
     trials = ledger.trials(folder)
@@ -75,8 +92,10 @@ def work(folder: Path, prepared: Prepared, start: float = 0.0) -> None:
     first = int(start * len(order))
     order = order[first:] + order[:first]
     total = sum(t.counts["C_flops"] for t in order)
-    with progress("sweep", total, "FLOP") as update:
+    with preemption.noticed() as told, progress("sweep", total, "FLOP") as update:
         while True:
+            if told():
+                raise Preempted("between trials")
             state = {trial.id: ledger.status(folder, trial.id) for trial in order}
             done = sum(t.counts["C_flops"] for t in order if state[t.id] in ledger.ENDED)
             left = [t for t in order if state[t.id] not in ledger.ENDED]
@@ -94,7 +113,7 @@ def work(folder: Path, prepared: Prepared, start: float = 0.0) -> None:
                             shape = f"N {trial.counts['N_params']:.3g} D {trial.counts['D_tokens']:.3g}"
                             update(done + cost * step / steps, f"{shape} loss {loss:.3f}")
 
-                        run_trial(folder, trial, prepared, branches.get(trial.id, ()), report)
+                        run_trial(folder, trial, prepared, branches.get(trial.id, ()), report, mine, told)
                         break
             else:
                 time.sleep(POLL_SECONDS)
