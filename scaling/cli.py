@@ -126,7 +126,7 @@ def work(folder: Path, index: int, workers: int) -> None:
 
 def status(options: StatusOptions) -> None:
     """Prints the trials of a run; with --watch again until all have ended."""
-    from scaling import ledger
+    from scaling import goodput, ledger
 
     ledger.describe(options.run)
     while True:
@@ -137,6 +137,8 @@ def status(options: StatusOptions) -> None:
         if not options.json:
             count = Counter(row["status"] for row in rows)
             print(", ".join(f"{number} {state}" for state, number in count.items()))
+            if time_went := goodput.describe(goodput.total(row["time"] for row in rows)):
+                print(time_went)
         if not options.watch or all(row["status"] in ledger.ENDED for row in rows):
             return
         time.sleep(2)

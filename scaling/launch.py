@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import jax
+
 from llm_jax import files
 from llm_jax.config import trunk_key
 from llm_jax.data.prepare import Prepared
@@ -27,8 +29,6 @@ POLL_SECONDS = 1.0
 
 def use_compile_cache() -> None:
     """Programs compiled once serve all later processes of this machine."""
-    import jax
-
     jax.config.update("jax_compilation_cache_dir", str(files.cache_dir() / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
@@ -52,7 +52,9 @@ def run_trial(
     told: Callable[[], bool],
 ) -> None:
     """Trains a claimed trial and records how it ended."""
-    with contextlib.closing(Watch(f"trial {trial.id}")) as watch:
+    beats = ledger.trial_folder(folder, trial.id) / "beats"
+    watch = Watch(f"trial {trial.id}", beats=beats, process=jax.process_index(), processes=jax.process_count())
+    with contextlib.closing(watch):
         lease.facts = watch.snapshot
         result = loop.train(
             trial.config,

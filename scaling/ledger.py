@@ -29,14 +29,14 @@ from llm_jax.data.prepare import Prepared
 from llm_jax.ladder import Ladder
 from llm_jax.settings import BadInput, did_you_mean, from_dict, to_dict
 from llm_jax.training.metrics import read_metrics
-from scaling import leases, tables
+from scaling import goodput, leases, tables
 from scaling.experiment import DERIVED, Experiment, Trial
 from scaling.leases import Lease
 
 ENDED = ("done", "failed")
 """A trial of this status is trained no further."""
 RESULT_COLUMNS = ("loss", "loss_se", "bits_per_byte")
-TIMING = ("seconds", "tokens_per_second", "first_step", "hardware")
+TIMING = ("seconds", "tokens_per_second", "first_step", "hardware", "attempts", "goodput", "time")
 """Columns that differ from machine to machine."""
 
 
@@ -199,7 +199,7 @@ def _cpu_info() -> list[str]:
 def rows(folder: Path) -> list[dict[str, Any]]:
     """One dict a trial, cheap ones first: id, status, the point, counts under each convention, settings, and the result.
 
-    One that is running has its "progress" too, a fraction.
+    "time" is wall seconds by phase (scaling/goodput.py). One that is running has its "progress" too, a fraction.
     """
     found = []
     for trial in trials(folder):
@@ -231,6 +231,12 @@ def rows(folder: Path) -> list[dict[str, Any]]:
             "tokens_per_second": timing.get("tokens_per_second"),
             "first_step": timing.get("first_step", 0),
             "hardware": timing.get("hardware", ""),
+        }
+        attempts = leases.attempts(path)
+        row |= {
+            "attempts": len(attempts),
+            "time": (time := goodput.of_attempts(attempts)),
+            "goodput": goodput.share(time),
         }
         row |= {name: value for name, value in trial.point.items() if name not in DERIVED}
         if state == "running" and (lines := read_metrics(path)):
