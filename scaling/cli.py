@@ -55,7 +55,11 @@ def train(options: TrainOptions) -> None:
     alone = Experiment(base.model, base.data, base.train, base.ladder)
     name = f"{options.experiment.stem if options.experiment else 'default'}-train"
     folder = options.run or Path("runs") / f"{name}-{fingerprint(alone.config)}"
-    _run_trials(folder, name, alone, "", options.json)
+    asked, prepared = _create(folder, name, alone, "")
+    from scaling import launch  # loads JAX: only now that nothing was refused
+
+    launch.work(folder, prepared)
+    _print_trials([row for row in ledger.rows(folder) if row["id"] in asked], options.json)
     if not options.json:
         row = ledger.rows(folder)[0]
         print(
@@ -64,21 +68,36 @@ def train(options: TrainOptions) -> None:
 
 
 def sweep(options: SweepOptions) -> None:
-    """Trains every trial of an experiment that has no result yet, in this process and options.workers - 1 beside it."""
+    """Trains every trial of an experiment that has no result yet, by workers here or on a cluster."""
     from scaling import experiment as experiments
+    from scaling import launchers, ledger
 
     experiment, docstring = chosen_experiment(options)
     folder = options.run or Path("runs") / options.experiment.stem
-    if options.workers < 1:
+    if options.workers is not None and options.workers < 1:
         raise BadInput(f"--workers must be at least 1, got {options.workers}")
+    resources = launchers.Resources(options.gpus, options.tpus, options.cpus, options.hours)
     if options.dry_run:
         rows = [{"id": one.id, **one.point, **one.counts} for one in experiments.trials(experiment)]
         _print_trials(rows, options.json)
         return
-    _run_trials(folder, options.experiment.stem, experiment, docstring, options.json, options.workers)
+    launchers.ready(options.launcher)
+    asked, prepared = _create(folder, options.experiment.stem, experiment, docstring)
+    if options.launcher == "slurm":
+        jobs = launchers.submit_to_slurm(folder, options.workers, resources, options.sbatch)
+        names = [job.job_id for job in jobs]
+        said = f"{len(jobs)} workers in the queue, from job {names[0]}; llm-jax status {folder} --watch follows them"
+        print(jsonlib.dumps({"run": str(folder), "jobs": names}) if options.json else said)
+        return
+    if options.launcher == "ray":
+        launchers.run_on_ray(folder, options.workers, resources)
+    else:
+        launchers.run_here(folder, prepared, options.workers, resources)
+    _print_trials([row for row in ledger.rows(folder) if row["id"] in asked], options.json)
 
 
-def _run_trials(folder: Path, name: str, experiment: Experiment, docstring: str, json: bool, workers: int = 1) -> None:
+def _create(folder: Path, name: str, experiment: Experiment, docstring: str) -> tuple[set[str], Prepared]:
+    """The run directory, made or found; the ids of its trials that the experiment asks for, and its data."""
     from llm_jax.training import initial
     from scaling import experiment as experiments
     from scaling import ledger
@@ -89,24 +108,13 @@ def _run_trials(folder: Path, name: str, experiment: Experiment, docstring: str,
             initial.plan(trial.config)
     prepared = _prepare(experiment.config)
     ledger.create(folder, name, docstring, experiment, trials, prepared)
-    from scaling import launch  # loads JAX: only now that nothing was refused
-
-    others = launch.spawn_workers(folder, workers)
-    try:
-        launch.work(folder, prepared)
-    finally:
-        for other in others:
-            other.wait()
-    asked = {trial.id for trial in trials}
-    _print_trials([row for row in ledger.rows(folder) if row["id"] in asked], json)
+    return {trial.id for trial in trials}, prepared
 
 
 def _prepare(config: Config) -> Prepared:
-    from llm_jax.data import prepare
-    from scaling.progress import progress
+    from scaling import launchers
 
-    with progress("data", 1.0, "") as update:
-        return prepare.prepare(config, lambda what, done, total: update(done / total if total else 0.0, what))
+    return launchers.prepared_data(config)
 
 
 def _print_trials(rows: Sequence[Mapping[str, Any]], json: bool) -> None:
@@ -118,10 +126,10 @@ def _print_trials(rows: Sequence[Mapping[str, Any]], json: bool) -> None:
 
 def work(folder: Path, index: int, workers: int) -> None:
     """A worker beside others; `sweep --workers` starts these."""
-    from scaling import launch, ledger
+    from scaling import launchers
 
-    launch.share_cpus(index, workers)
-    launch.work(folder, _prepare(ledger.base_config(folder)), index / workers)
+    launchers.share_cpus(index, workers)
+    launchers.work(folder, index, workers)
 
 
 def status(options: StatusOptions) -> None:

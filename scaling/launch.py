@@ -1,10 +1,8 @@
-"""Training the trials of a run: this process, and others beside it where more workers are asked for."""
+"""Training the trials of a run in this process; scaling/launchers.py starts others beside it."""
 
 from __future__ import annotations
 
 import contextlib
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -119,24 +117,3 @@ def work(folder: Path, prepared: Prepared, start: float = 0.0) -> None:
                         break
             else:
                 time.sleep(POLL_SECONDS)
-
-
-def share_cpus(index: int, workers: int) -> None:
-    """Keeps this process to its share of the processors, before JAX starts its threads.
-
-    Small models train no faster on two cores than on one, so that workers that keep out of each other's way are twice as fast.
-    """
-    cpus = sorted(os.sched_getaffinity(0))
-    if 1 < workers <= len(cpus):
-        os.sched_setaffinity(0, cpus[index::workers])
-
-
-def spawn_workers(folder: Path, workers: int) -> list[subprocess.Popen]:
-    """All workers but this process, which is the first; each ends with the run and writes to RUN/worker-K.log."""
-    processes = []
-    for index in range(1, workers):
-        with open(folder / f"worker-{index}.log", "w") as log:
-            command = [sys.executable, "-m", "scaling.cli", "work", str(folder), str(index), str(workers)]
-            processes.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT))
-    share_cpus(0, workers)
-    return processes
