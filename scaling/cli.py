@@ -440,7 +440,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"llm-jax: {error}", file=sys.stderr)
         return 2
     except Preempted as error:
-        print(f"llm-jax: told to leave {error}; saved, and the same command goes on from there", file=sys.stderr)
+        print(f"llm-jax: told to leave {error}; the same command goes on from what is saved", file=sys.stderr)
         return EXIT_STATUS
     except KeyboardInterrupt:
         print("llm-jax: stopped; the same command goes on from the last checkpoint", file=sys.stderr)

@@ -251,11 +251,11 @@ def run_on_ray(folder: Path, workers: int | None, resources: Resources) -> None:
                 for one in done:
                     try:
                         ray.get(one)
-                    except ray.exceptions.RayTaskError as error:
+                    except (ray.exceptions.RayTaskError, ray.exceptions.WorkerCrashedError) as error:
                         failed = str(error).strip().splitlines()[-1]
                 update(*_so_far(folder))
-    except ray.exceptions.RaySystemError as error:
-        raise Preempted(f"by the loss of the Ray cluster ({str(error).splitlines()[0]})") from error
+    except ray.exceptions.RayError as error:
+        raise Preempted(f"by the loss of the Ray cluster: {str(error).splitlines()[0]}") from error
     finally:
         ray.shutdown()
     if failed and _so_far(folder)[0] < 1:

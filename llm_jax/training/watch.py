@@ -17,8 +17,8 @@ from llm_jax import files
 
 SLOW = 10.0
 """Times the median of its run: a call that takes longer is named."""
-LEAST_SECONDS = 1.0
-"""A call of less is named by nobody: where calls take milliseconds, ten times that is the scheduler's noise."""
+LEAST_SECONDS = 5.0
+"""A call of less is named by nobody: where calls take milliseconds, ten times that, or a second, is a busy machine's noise."""
 ENOUGH_CALLS = 5
 """Before so many, a median says little."""
 GUARD_SECONDS = 0.5

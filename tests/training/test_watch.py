@@ -77,7 +77,7 @@ def test_no_false_alarm(clock):
     said = []
     with contextlib.closing(Watch("", said.append)) as watch:
         watch.begin(0)
-        run_calls(watch, clock, [1000.0, *[0.01] * 20, 0.9])
+        run_calls(watch, clock, [1000.0, *[0.01] * 20, 4.9])
         for phase in ("evaluation", "checkpoint", "data"):
             watch.enter(phase)
             clock.now += 500
@@ -142,6 +142,7 @@ def test_a_training_step_that_hangs_is_named(tiny, tmp_path, monkeypatch, capfd)
             time.sleep(1.5)
         return call(*args)
 
+    monkeypatch.setattr(watching, "LEAST_SECONDS", 1.0)
     monkeypatch.setattr(loop, "compiled_call", lambda *_: (stalls, init))
     loop.train(cfg, prepare.prepare(cfg), tmp_path / "run")
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("llm-jax: ")]
