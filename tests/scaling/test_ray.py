@@ -97,7 +97,8 @@ def test_workers_and_the_head_die(tmp_path, corpus):
         attempts = leases.attempts(ledger.trial_folder(folder, row["id"]))
         for one, after in itertools.pairwise(attempts):
             assert one.get("ended", one["beat"]) <= after["started"]
-            assert after["from_step"] > 0, "from a checkpoint"
+            # One that was killed before its first beat said nothing.
+            assert after.get("from_step", 1) > 0, "from a checkpoint"
 
 
 def test_no_cluster(tmp_path, corpus):
