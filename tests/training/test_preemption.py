@@ -1,6 +1,7 @@
 """Told to leave by SIGTERM: saved at the next call, status 75, and the next start goes on to the same bits."""
 
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -83,3 +84,46 @@ def test_a_worker_told_to_leave_exits_with_75(cfg, tmp_path):
     assert (cut / "result.json").read_bytes() == (whole / "result.json").read_bytes()
     assert read_metrics(cut) == read_metrics(whole)
     assert ledger.sha256(folders[0]) == ledger.sha256(folders[1])
+
+
+ASK = """
+import sys, time
+import jax
+import jax.numpy as jnp
+from jax.experimental import multihost_utils
+from llm_jax.training import preemption
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+with preemption.noticed() as told:
+    print("ready", flush=True)
+    for call in range(1000):
+        multihost_utils.process_allgather(jnp.ones(1))  # as a call of steps does, this keeps them together
+        time.sleep(0.01)
+        if told():
+            print(call, told(), flush=True)
+            break
+"""
+
+
+@pytest.mark.slow
+def test_all_processes_are_told_at_the_same_call():
+    """One of two gets the signal: each saves its part of the state, and parts of two different steps would be of no use."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    command = [sys.executable, "-c", ASK, address]
+    processes = [subprocess.Popen([*command, str(i)], stdout=subprocess.PIPE, text=True) for i in range(2)]
+    try:
+        for process in processes:
+            while process.stdout.readline() != "ready\n":  # Gloo prints too
+                assert process.poll() is None
+        time.sleep(0.5)
+        processes[1].send_signal(signal.SIGTERM)
+        said = [process.communicate(timeout=60)[0].splitlines()[-1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert said[0] == said[1]
+    call, still = said[0].split()
+    assert 0 < int(call) < 999
+    assert still == "True", "asked again, they still are: JAX itself says so once"
