@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from llm_jax import files
+from llm_jax import files, kernels
 from llm_jax.config import Config, Model, Train, trunk_key
 from llm_jax.data import pipeline
 from llm_jax.data.prepare import Prepared
@@ -59,7 +59,7 @@ def compiled_call(model: Model, train: Train, prefix: int):
     optimizer = adamw(train)
     loss_fn, adjust = pretrain.loss_fn(model, train, prefix), pretrain.adjust_fn(model, train.freeze)
     step = make_train_step(loss_fn, optimizer, train.grad_accumulation, adjust)
-    return make_train_call(step, train.steps_per_call), jax.jit(optimizer.init)
+    return make_train_call(step, train.steps_per_call, kernels.compiler_options(model.d_model)), jax.jit(optimizer.init)
 
 
 @functools.lru_cache

@@ -80,14 +80,14 @@ def make_train_step(
     return step
 
 
-def make_train_call(step, steps_per_call: int):
+def make_train_call(step, steps_per_call: int, compiler_options: dict[str, Any] | None = None):
     """Returns jitted call(state, batches, learning_rates_C, n) -> (state, metrics): the first n <= C steps in one dispatch.
 
     n is an argument and not a shape, so that the short last call of a run needs no second compilation. The state is donated.
     Metrics are arrays whose first axis is C; entries from n on are zero.
     """
 
-    @functools.partial(jax.jit, donate_argnums=0)
+    @functools.partial(jax.jit, donate_argnums=0, compiler_options=compiler_options)
     def call(state: TrainState, batches, learning_rates_C: jax.Array, n: jax.Array):
         def one(i, carry):
             state, metrics = carry
