@@ -69,6 +69,27 @@ def _compiled_init(model: Model):
     return jax.jit(functools.partial(families.init, model), compiler_options=options)
 
 
+def compile_ahead(cfg: Config, prepared: Prepared) -> None:
+    """Compiles what `train` runs for a resolved `cfg`, without running it; `train` then compiles none of it again. Any thread may."""
+    call, init_opt = compiled_call(cfg.model, program(cfg.train), cfg.data.prefix)
+    init, key = _compiled_init(cfg.model), jax.random.key(0)
+    init.lower(key).compile()
+    state = jax.eval_shape(lambda key: init_state(families.init(cfg.model, key), init_opt, 0), key)
+    first = next(pipeline.train_iterator(prepared, cfg.data.context, cfg.rows_per_step, cfg.data.shuffle_seed))
+    rows_C = _stack([first], cfg.train.steps_per_call)
+    batches = pretrain.make_batch(rows_C["tokens"], prepared.tokenizer(), cfg.data, rows_C.get("media"))
+    call.lower(state, batches, np.zeros(cfg.train.steps_per_call, np.float32), 1).compile()
+    held_out = pipeline.eval_set(prepared, cfg.data.context, cfg.data.eval_tokens)
+    pretrain.compile_evaluation(cfg.model, state.params, held_out, prepared.tokenizer(), cfg.data)
+
+
+def programs(cfg: Config) -> tuple[Any, ...]:
+    """What the compiled programs of a run depend on."""
+    data = cfg.data
+    shape = (cfg.rows_per_step, data.context, data.prefix, data.eval_tokens, data.document_mask)
+    return cfg.model, program(cfg.train), *shape
+
+
 def program(train: Train) -> Train:
     """The settings of `train` that the compiled step depends on; horizon, rate, schedule and seed reach it as arguments."""
     optimizer = ("beta1", "beta2", "epsilon", "weight_decay", "clip_norm")

@@ -119,6 +119,23 @@ def _compiled_nll(model: Model, prefix: int):
     return nll
 
 
+def _held_out_batches(held_out: EvalSet, tokenizer: Tokenizer, data: Data) -> dict[str, Any]:
+    """Batches of EVAL_ROWS rows, the last filled up with zeros."""
+    rows, width = held_out.tokens_BxT.shape
+    padded = np.zeros((-(-rows // EVAL_ROWS) * EVAL_ROWS, width), np.int32)
+    padded[:rows] = held_out.tokens_BxT
+    items_BxIx = held_out.items_BxIx
+    if items_BxIx is not None:
+        items_BxIx = np.resize(items_BxIx, (len(padded), *items_BxIx.shape[1:]))
+        items_BxIx = items_BxIx.reshape(-1, EVAL_ROWS, *items_BxIx.shape[1:])
+    return make_batch(padded.reshape(-1, EVAL_ROWS, width), tokenizer, data, items_BxIx)
+
+
+def compile_evaluation(model: Model, params: Any, held_out: EvalSet, tokenizer: Tokenizer, data: Data) -> None:
+    """Compiles what `evaluate` runs, of abstract parameters."""
+    _compiled_nll(model, data.prefix).lower(params, _held_out_batches(held_out, tokenizer, data)).compile()
+
+
 def evaluate(model: Model, params: Any, held_out: EvalSet, tokenizer: Tokenizer, data: Data) -> Evaluation:
     """Evaluates on all rows of `held_out`, on the targets after the prefix.
 
@@ -130,13 +147,7 @@ def evaluate(model: Model, params: Any, held_out: EvalSet, tokenizer: Tokenizer,
         batch = make_batch(held_out.tokens_BxT, tokenizer, data)
         nll_B = -ngram.token_log_probs(params, batch["tokens"], batch.get("segments"))[:, data.prefix :].sum(-1)
     else:
-        padded = np.zeros((-(-rows // EVAL_ROWS) * EVAL_ROWS, width), np.int32)
-        padded[:rows] = held_out.tokens_BxT
-        items_BxIx = held_out.items_BxIx
-        if items_BxIx is not None:
-            items_BxIx = np.resize(items_BxIx, (len(padded), *items_BxIx.shape[1:]))
-            items_BxIx = items_BxIx.reshape(-1, EVAL_ROWS, *items_BxIx.shape[1:])
-        batches = make_batch(padded.reshape(-1, EVAL_ROWS, width), tokenizer, data, items_BxIx)
+        batches = _held_out_batches(held_out, tokenizer, data)
         nll_B = np.asarray(_compiled_nll(model, data.prefix)(params, batches), np.float64).reshape(-1)[:rows]
     weights_BxT = make_batch(held_out.tokens_BxT, tokenizer, data, held_out.items_BxIx).get("weights")
     tokens_B = np.full(rows, width - 1 - data.prefix) if weights_BxT is None else weights_BxT.sum(-1, dtype=np.float64)
