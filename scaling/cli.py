@@ -52,7 +52,7 @@ def train(options: TrainOptions) -> None:
     from scaling.experiment import Experiment
 
     base, _ = chosen_experiment(options)
-    alone = Experiment(base.model, base.data, base.train, base.ladder)
+    alone = Experiment(base.model, base.data, base.train, base.mesh, base.ladder)
     name = f"{options.experiment.stem if options.experiment else 'default'}-train"
     folder = options.run or Path("runs") / f"{name}-{fingerprint(alone.config)}"
     _run_trials(folder, name, alone, "", options.json)

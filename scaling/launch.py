@@ -38,11 +38,11 @@ AHEAD = 4
 def compile_ahead(order: Sequence[Trial], prepared: Prepared) -> dict[tuple, Future]:
     """By `loop.programs`, the compilation of what trials need, under way in the order of the trials while the first are trained.
 
-    Only where an accelerator trains: the cores are free then. Else nothing.
+    Only where an accelerator trains: the cores are free then. And where all of it is of this process. Else nothing.
     """
     import jax
 
-    if jax.default_backend() == "cpu":
+    if jax.default_backend() == "cpu" or jax.process_count() > 1:
         return {}
     pool = ThreadPoolExecutor(min(AHEAD, os.cpu_count() or 1))
     configs = {loop.programs(t.config): t.config for t in reversed(order) if not t.config.model.counted}

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from llm_jax import axes
+
 LEAST = -1e30
 """Stands for no logit: finite, so that no difference of two of them is NaN."""
 SHORT = 2**14
@@ -113,9 +115,10 @@ def summed(
 
 
 def _forward(logits_MxV, targets_M, weights_M, label_smoothing, z_loss, interpret):
-    nll_M, lse_M, mean_M, gradient_MxV = nll_and_gradient(
-        logits_MxV, targets_M, weights_M, label_smoothing, z_loss, interpret
-    )
+    settings = {"label_smoothing": label_smoothing, "z_loss": z_loss, "interpret": interpret}
+    rows = axes.spec(("rows",), targets_M.shape)
+    kernel = axes.local(functools.partial(nll_and_gradient, **settings), (rows, rows, rows), (rows, rows, rows, rows))
+    nll_M, lse_M, mean_M, gradient_MxV = kernel(logits_MxV, targets_M, weights_M)
     nll = (nll_M * weights_M).sum()
     total = (1 - label_smoothing) * nll
     if label_smoothing:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.gpu.attention import BlockSizes, mha
+from jax.sharding import PartitionSpec
 
-from llm_jax import kernels
+from llm_jax import axes, kernels
 from llm_jax.parts import in_blocks
 
 BLOCK = 128
@@ -60,8 +61,27 @@ def attend(
     Causal unless told otherwise; `attention_mask` says who sees whom.
 
     cuDNN's kernel has no mask but causality and a window: given a mask as an array it is three times slower. So documents are told
-    apart by a kernel of Pallas. Where neither serves, a window that divides a longer row is computed in blocks.
+    apart by a kernel of Pallas. Where neither serves, a window that divides a longer row is computed in blocks. On a mesh each device
+    attends for its own rows, heads and queries.
     """
+    if axes.mesh().empty:
+        return _attend(q_BxTxNxH, k_BxSxKxH, v_BxSxKxH, segment_BxT, visible_BxS, offset, window=window, causal=causal)
+    (K, tensor), continues = (k_BxSxKxH.shape[2], axes.size("tensor")), offset is not None
+    heads = "heads" if q_BxTxNxH.shape[2] % tensor == 0 and (K == 1 or K % tensor == 0) else None
+    queries = axes.spec(("rows", None if continues else "sequence", heads), q_BxTxNxH.shape)
+    keys = axes.spec(("rows", None, heads), k_BxSxKxH.shape)
+    rows, whole = PartitionSpec(keys[0]), PartitionSpec()
+
+    def part(q, k, v, segment, visible, offset):
+        if queries[1]:
+            offset = jax.lax.axis_index("sequence") * q.shape[1]
+        return _attend(q, k, v, segment, visible, offset, window=window, causal=causal)
+
+    spread = axes.local(part, (queries, keys, keys, rows, rows, whole), queries)
+    return spread(q_BxTxNxH, k_BxSxKxH, v_BxSxKxH, segment_BxT, visible_BxS, offset)
+
+
+def _attend(q_BxTxNxH, k_BxSxKxH, v_BxSxKxH, segment_BxT, visible_BxS, offset, *, window, causal):
     q, offset_or_visible = q_BxTxNxH, offset is not None or visible_BxS is not None
     queries, width = q.shape[1], q.shape[3]
     fits = kernels.used() and not offset_or_visible and q.dtype == jnp.bfloat16 and width % 8 == 0 and width <= 128

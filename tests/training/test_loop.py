@@ -16,6 +16,7 @@ from llm_jax.data import prepare
 from llm_jax.generation import pairs, sampling
 from llm_jax.settings import BadInput, override, to_dict
 from llm_jax.training import loop, metrics
+from llm_jax.training import mesh as meshes
 
 pytestmark = pytest.mark.usefixtures("mixed_dtypes")
 
@@ -287,12 +288,13 @@ def test_trials_of_one_shape_share_one_compilation(cfg, tmp_path):
     """Horizon, rate, schedule and seed are arguments of the compiled call and not part of it."""
     prepared = prepare.prepare(cfg)
     loop.train(cfg, prepared, tmp_path / "first")
-    call, _ = loop.compiled_call(cfg.model, loop.program(cfg.train), 0)
+    mesh = meshes.make(cfg)
+    call, _ = loop.compiled_call(cfg.model, loop.program(cfg.train), 0, mesh)
     before = call._cache_size()
     for i, change in enumerate(
         [{"train.peak_lr": 1e-3}, {"train.tokens": 640}, {"train.schedule": "wsd"}, {"train.seed": 3}]
     ):
         changed = override(cfg, change)
         loop.train(changed, prepared, tmp_path / str(i))
-        assert loop.compiled_call(changed.model, loop.program(changed.train), 0)[0] is call
+        assert loop.compiled_call(changed.model, loop.program(changed.train), 0, mesh)[0] is call
     assert call._cache_size() == before
