@@ -250,12 +250,15 @@ def bench_fit(options: BenchFitOptions) -> None:
 def bench_train(options: BenchTrainOptions) -> None:
     """Times a training step and prints what was found."""
     from scaling import experiment as experiments
-    from scaling import tables, throughput
+    from scaling import peers, tables, throughput
 
+    checkouts = peers.parse(options.peer)
     base, _ = chosen_experiment(options)
     point = {"depth": options.depth} if options.depth is not None else {}
-    found = throughput.bench_train(experiments.trial(base.config, base.ladder, point).config)
-    print(jsonlib.dumps(tables.finite(found)) if options.json else throughput.describe(found))
+    config = experiments.trial(base.config, base.ladder, point).config
+    found = peers.bench(config, checkouts) if checkouts else throughput.bench_train(config)
+    describe = peers.describe if checkouts else throughput.describe
+    print(jsonlib.dumps(tables.finite(found)) if options.json else describe(found))
 
 
 def report(options: ReportOptions) -> None:

@@ -195,6 +195,8 @@ class BenchTrainOptions:
     train: Train = Train()
     depth: float | None = None
     """Rung of the experiment's ladder; default: the base config, which no trial need have."""
+    peer: UseAppendAction[tuple[str, ...]] = ()
+    """nanodo=CHECKOUT or nanogpt=CHECKOUT: also time that package's step on the same work, turn about; again for another."""
     json: Json = False
 
 

@@ -163,9 +163,14 @@ def _compiled(cfg: Config):
     began = time.perf_counter()
     compiled = call.lower(state, batches, rates, np.int32(len(rates))).compile()
     seconds = time.perf_counter() - began
+    return compiled, state, batches, rates, seconds, needed_bytes(compiled)
+
+
+def needed_bytes(compiled: Any) -> int:
+    """What a compiled program holds while it runs, by its own analysis."""
     needs = compiled.memory_analysis()
     size = needs.temp_size_in_bytes + needs.argument_size_in_bytes + needs.output_size_in_bytes
-    return compiled, state, batches, rates, seconds, size - needs.alias_size_in_bytes
+    return size - needs.alias_size_in_bytes
 
 
 def _peak(device: str, product_seconds: Sequence[float | None]) -> tuple[float, str]:
