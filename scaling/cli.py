@@ -24,6 +24,7 @@ from scaling.options import (
     AttentionOptions,
     BacktestOptions,
     BenchFitOptions,
+    BenchMoeOptions,
     BenchTrainOptions,
     CalibrateOptions,
     DataOptions,
@@ -261,6 +262,18 @@ def bench_train(options: BenchTrainOptions) -> None:
     print(jsonlib.dumps(tables.finite(found)) if options.json else describe(found))
 
 
+def bench_moe(options: BenchMoeOptions) -> None:
+    """Times a mixture beside its dense twin and prints what was found."""
+    from llm_jax import ladder
+    from scaling import mixture, tables
+
+    base, _ = chosen_experiment(options)
+    said = options.experiment is not None or base.config != Config()
+    config = ladder.resolve(mixture.with_experts(base.config if said else mixture.default()))
+    found = mixture.bench_moe(config)
+    print(jsonlib.dumps(tables.finite(found)) if options.json else mixture.describe(found))
+
+
 def report(options: ReportOptions) -> None:
     """Writes the report and prints its summary and its path."""
     from scaling import content
@@ -385,6 +398,7 @@ VERBS: dict[str, tuple[Any, Callable[[Any], None]]] = {
     "calibrate": (CalibrateOptions, calibrate),
     "bench fit": (BenchFitOptions, bench_fit),
     "bench train": (BenchTrainOptions, bench_train),
+    "bench moe": (BenchMoeOptions, bench_moe),
     "report": (ReportOptions, report),
     "data": (DataOptions, data),
     "explain": (ExplainOptions, explain),

@@ -201,6 +201,20 @@ class BenchTrainOptions:
 
 
 @dataclass(frozen=True)
+class BenchMoeOptions:
+    """Time the training step of a mixture of experts beside the dense model with as many active parameters.
+
+    Without any setting: 8 experts of half the MLP's width, 2 a token, on a GPU in GPT-2 small's shape with 32 rows a step.
+    """
+
+    experiment: Annotated[Positional[Path | None], arg(metavar="EXPERIMENT.py")] = None
+    model: Model = Model()
+    data: Data = Data()
+    train: Train = Train()
+    json: Json = False
+
+
+@dataclass(frozen=True)
 class ReportOptions:
     """Write RUN/report.html with all figures, and print what was found."""
 
