@@ -51,8 +51,9 @@ def with_experts(cfg: Config) -> Config:
 def bench_moe(cfg: Config) -> dict[str, Any]:
     """`llm-jax bench moe` of a resolved config with experts.
 
-    Under "mixture" and "dense" what throughput.record has of each; "ratio", the mixture's tokens a second over the dense model's; and
-    "busiest", the load of the busiest expert after the timed steps, over the mean, averaged over layers: 1 is even.
+    Under "mixture" and "dense" what throughput.record has of each; "ratio", the mixture's tokens a second over the dense model's, and
+    "cpu_ratio", the same by CPU time (None on a GPU); "busiest", the load of the busiest expert after the timed steps, over the mean,
+    averaged over layers: 1 is even.
     """
     throughput.check(cfg)
     if not cfg.model.experts.number:
@@ -68,8 +69,11 @@ def bench_moe(cfg: Config) -> dict[str, Any]:
             rounds[name].append(throughput.timed(round_))
     found = {name: throughput.record(configs[name], facts, rounds[name]) for name, (facts, _) in started.items()}
     load_LxE = np.asarray(started["mixture"][1]()[1]["expert_load"][-1])
+    cpu = {name: one["cpu_seconds_per_step"] for name, one in found.items()}
     return found | {
+        "device": found["dense"]["device"],
         "ratio": found["mixture"]["tokens_per_second"] / found["dense"]["tokens_per_second"],
+        "cpu_ratio": cpu["dense"] / cpu["mixture"] if cpu["mixture"] else None,
         "busiest": float((load_LxE.max(-1) / load_LxE.mean(-1)).mean()),
     }
 

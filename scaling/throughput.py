@@ -79,18 +79,21 @@ def start(cfg: Config) -> tuple[dict[str, Any], Round]:
 
 
 def timed(round_: Round) -> dict[str, Any]:
-    """One round as plain numbers: seconds a step, loss of the last one, seconds of NumPy's product after it on a CPU, and on a GPU the
-    most bytes that the allocator has held in this process."""
+    """One round as plain numbers: seconds a step, loss of the last one, and on a GPU the most bytes that the allocator has held in this
+    process; on a CPU seconds of NumPy's product after it, and for both the CPU time (of all threads) that they took."""
     import jax
 
+    began = time.process_time()
     seconds, metrics = round_()
-    on_cpu = jax.default_backend() == "cpu"
-    held = jax.devices()[0].memory_stats() or {}
-    return {
-        "seconds": seconds,
-        "loss": float(metrics["nll"][-1]),
-        "numpy_seconds": _product_seconds() if on_cpu else None,
-        "allocated_bytes": held.get("peak_bytes_in_use"),
+    cpu_seconds = (time.process_time() - began) / len(metrics["nll"])
+    found = {"seconds": seconds, "loss": float(metrics["nll"][-1])}
+    if jax.default_backend() != "cpu":
+        return found | {"allocated_bytes": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")}
+    numpy_seconds, numpy_cpu_seconds = _product_seconds()
+    return found | {
+        "cpu_seconds": cpu_seconds,
+        "numpy_seconds": numpy_seconds,
+        "numpy_cpu_seconds": numpy_cpu_seconds,
     }
 
 
@@ -99,10 +102,14 @@ def record(cfg: Config, facts: dict[str, Any], rounds: Sequence[dict[str, Any]])
 
     seconds_per_step; tokens_per_second; mfu by flops_convention, over peak_flops (FLOP/s) that are those of peak_of; memory_bytes, what the
     compiled program needs by its own analysis; allocated_bytes, the most that the allocator held, None on a CPU; compile_seconds.
+    On a CPU also cpu_seconds_per_step of the round that took least, and cpu_mfu, FLOPs a second of CPU time over those of NumPy's product,
+    each at its best round: what others on the machine take from either does not count. None on a GPU.
     """
     step = statistics.median(one["seconds"] for one in rounds)
     tokens, flops = cfg.rows_per_step * cfg.data.context, model_flops(cfg)
-    peak, whose = _peak(facts["device"], [one["numpy_seconds"] for one in rounds])
+    peak, whose = _peak(facts["device"], [one["numpy_seconds"] for one in rounds if "numpy_seconds" in one])
+    cpu = min((one["cpu_seconds"] for one in rounds if "cpu_seconds" in one), default=None)
+    numpy_cpu = min((one["numpy_cpu_seconds"] for one in rounds if "numpy_cpu_seconds" in one), default=None)
     return {
         "device": facts["device"],
         "framework": facts["framework"],
@@ -122,8 +129,10 @@ def record(cfg: Config, facts: dict[str, Any], rounds: Sequence[dict[str, Any]])
         "peak_flops": peak,
         "peak_of": whose,
         "mfu": tokens * flops / step / peak,
+        "cpu_seconds_per_step": cpu,
+        "cpu_mfu": tokens * flops / cpu / (2 * MATRIX**3 / numpy_cpu) if cpu and numpy_cpu else None,
         "memory_bytes": facts["memory_bytes"],
-        "allocated_bytes": rounds[-1]["allocated_bytes"],
+        "allocated_bytes": rounds[-1].get("allocated_bytes"),
         "compile_seconds": facts["compile_seconds"],
         "loss": rounds[-1]["loss"],
     }
@@ -173,11 +182,10 @@ def needed_bytes(compiled: Any) -> int:
     return size - needs.alias_size_in_bytes
 
 
-def _peak(device: str, product_seconds: Sequence[float | None]) -> tuple[float, str]:
+def _peak(device: str, product_seconds: Sequence[float]) -> tuple[float, str]:
     """FLOP/s to divide by, and whose they are. NaN for a chip whose data sheet is not in scaling/hardware.py."""
-    seconds = [one for one in product_seconds if one is not None]
-    if seconds:
-        return 2 * MATRIX**3 / statistics.median(seconds), f"NumPy, {MATRIX} x {MATRIX} float32"
+    if product_seconds:
+        return 2 * MATRIX**3 / statistics.median(product_seconds), f"NumPy, {MATRIX} x {MATRIX} float32"
     words = device.lower().replace("-", " ").split()
     for chip in sorted(PEAK_FLOPS, key=len, reverse=True):
         if all(word in words for word in chip.split("-")):
@@ -190,13 +198,13 @@ def _matrices() -> np.ndarray:
     return np.random.default_rng(0).standard_normal((2, MATRIX, MATRIX)).astype(np.float32)
 
 
-def _product_seconds() -> float:
-    """Of NumPy's product of two float32 matrices, all cores: the second of two, as the first wakes its threads."""
+def _product_seconds() -> tuple[float, float]:
+    """Of NumPy's product of two float32 matrices: by the clock, and of the CPU; the second of two, as the first wakes its threads."""
     a, b = _matrices()
     a @ b
-    began = time.perf_counter()
+    began, cpu_began = time.perf_counter(), time.process_time()
     a @ b
-    return time.perf_counter() - began
+    return time.perf_counter() - began, time.process_time() - cpu_began
 
 
 def describe(found: dict[str, Any]) -> str:
