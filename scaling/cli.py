@@ -23,6 +23,7 @@ from llm_jax.settings import BadInput, did_you_mean, fingerprint
 from scaling.options import (
     AttentionOptions,
     BacktestOptions,
+    BenchCompareOptions,
     BenchFitOptions,
     BenchMoeOptions,
     BenchTrainOptions,
@@ -274,6 +275,16 @@ def bench_moe(options: BenchMoeOptions) -> None:
     print(jsonlib.dumps(tables.finite(found)) if options.json else mixture.describe(found))
 
 
+def bench_compare(options: BenchCompareOptions) -> int:
+    """Runs the benches of a baseline and prints how they did. Returns 1 where one is slower."""
+    from scaling import baseline, tables
+
+    benches = [name.removeprefix("bench ") for name in VERBS if name.startswith("bench ") and name != "bench compare"]
+    found = baseline.compare(options.baseline, benches, options.write)
+    print(jsonlib.dumps(tables.finite(found)) if options.json else baseline.describe(found))
+    return 1 if found["regressed"] else 0
+
+
 def report(options: ReportOptions) -> None:
     """Writes the report and prints its summary and its path."""
     from scaling import content
@@ -386,7 +397,7 @@ def attention(options: AttentionOptions) -> None:
     print(jsonlib.dumps({"trial": trial.id, "prompt": options.prompt, "figure": str(out), "maps": shown}))
 
 
-VERBS: dict[str, tuple[Any, Callable[[Any], None]]] = {
+VERBS: dict[str, tuple[Any, Callable[[Any], int | None]]] = {
     "train": (TrainOptions, train),
     "sweep": (SweepOptions, sweep),
     "status": (StatusOptions, status),
@@ -399,6 +410,7 @@ VERBS: dict[str, tuple[Any, Callable[[Any], None]]] = {
     "bench fit": (BenchFitOptions, bench_fit),
     "bench train": (BenchTrainOptions, bench_train),
     "bench moe": (BenchMoeOptions, bench_moe),
+    "bench compare": (BenchCompareOptions, bench_compare),
     "report": (ReportOptions, report),
     "data": (DataOptions, data),
     "explain": (ExplainOptions, explain),
@@ -420,7 +432,8 @@ def _usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a verb. Returns the exit status: 0, 2 for bad input, 130 when interrupted, 141 for a closed pipe."""
+    """Runs a verb. Returns the exit status: 0, 1 where bench compare finds one slower, 2 for bad input, 130 when interrupted, 141 for a
+    closed pipe."""
     words = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):  # a terminal that cannot draw a letter is no reason to stop
         if isinstance(stream, io.TextIOWrapper):
@@ -441,7 +454,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name not in VERBS:
             raise BadInput(f'"{name}" is no verb{did_you_mean(name, VERBS)}')
         kind, verb = VERBS[name]
-        verb(parse(kind, words[len(name.split()) :], name))
+        return verb(parse(kind, words[len(name.split()) :], name)) or 0
     except BadInput as error:
         print(f"llm-jax: {error}", file=sys.stderr)
         return 2

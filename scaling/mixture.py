@@ -6,13 +6,11 @@ dense twin has one MLP as wide as what a token passes of the experts, so that it
 
 from __future__ import annotations
 
-import statistics
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from llm_jax import parts
 from llm_jax.config import Config, Data, Experts, Model, Train
 from llm_jax.settings import BadInput
 from scaling import throughput
@@ -97,7 +95,8 @@ def describe(found: dict[str, Any]) -> str:
         [
             *lines,
             "",
-            f"the mixture trains at {found['ratio']:.3f} of the dense model's speed; load of the busiest expert {found['busiest']:.2f} of the mean",
+            f"the mixture trains at {found['ratio']:.3f} of the dense model's speed; its busiest expert has {found['busiest']:.2f} of the"
+            " mean load",
             f"MFU: {dense['flops_convention']}, over {dense['peak_flops'] / 1e12:,.3g} TFLOP/s ({dense['peak_of']})",
         ]
     )

@@ -215,6 +215,16 @@ class BenchMoeOptions:
 
 
 @dataclass(frozen=True)
+class BenchCompareOptions:
+    """Run the benches of a baseline again; exit status 1 where a ratio has fallen by more than 5 %."""
+
+    baseline: Annotated[Positional[Path], arg(metavar="BASELINE.json")]
+    write: bool = False
+    """Give the file the device and the values of this machine."""
+    json: Json = False
+
+
+@dataclass(frozen=True)
 class ReportOptions:
     """Write RUN/report.html with all figures, and print what was found."""
 

@@ -158,14 +158,14 @@ def nanodo(cfg: Config, checkout: Path) -> Contender:
 
     def round_() -> dict[str, Any]:
         nonlocal state
-        pending = None
+        losses: list[Any] = []
         began = time.perf_counter()
         for tokens_BxT in batches:
             *state, loss = compiled(*state, tokens_BxT)
-            if pending is not None:
-                jax.device_get(pending)
-            pending = loss
-        value = float(pending)
+            losses.append(loss)
+            if len(losses) > 1:
+                jax.device_get(losses[-2])
+        value = float(losses[-1])
         return {"seconds": (time.perf_counter() - began) / len(batches), "loss": value}
 
     facts = {
@@ -187,7 +187,7 @@ def nanogpt(cfg: Config, checkout: Path) -> Contender:
     import torch
 
     sys.path.insert(0, str(checkout))
-    from model import GPT, GPTConfig  # type: ignore[import-not-found]
+    from model import GPT, GPTConfig
 
     model, train = cfg.model, cfg.train
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -264,12 +264,13 @@ def process(name: str, cfg: Config, checkout: Path) -> Iterator[Callable[[], dic
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
         child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True)
         assert child.stdin is not None and child.stdout is not None
+        sent, answers = child.stdin, child.stdout
         asked = [json.dumps(to_dict(cfg))]
 
         def ask() -> dict[str, Any]:
             with contextlib.suppress(BrokenPipeError):
-                print(asked.pop() if asked else "", file=child.stdin, flush=True)
-            if line := child.stdout.readline():
+                print(asked.pop() if asked else "", file=sent, flush=True)
+            if line := answers.readline():
                 return json.loads(line)
             errors.seek(0)
             said = errors.read().strip().splitlines() or [f"exit status {child.wait()}"]
@@ -279,13 +280,15 @@ def process(name: str, cfg: Config, checkout: Path) -> Iterator[Callable[[], dic
             yield ask
         finally:
             with contextlib.suppress(BrokenPipeError):
-                child.stdin.close()
+                sent.close()
             try:
-                child.wait(timeout=30)  # the end of the lines is the end of it; the GPU's memory is free when it is gone
+                child.wait(
+                    timeout=30
+                )  # the end of the lines is the end of it; the GPU's memory is free when it is gone
             except subprocess.TimeoutExpired:
                 child.kill()
                 child.wait()
-            child.stdout.close()
+            answers.close()
 
 
 def bench(cfg: Config, checkouts: Mapping[str, Path]) -> dict[str, Any]:

@@ -30,7 +30,9 @@ def test_model_flops_are_those_of_the_convention():
 
 def test_figures_of_a_step_follow_from_each_other(mixed_dtypes, monkeypatch):
     monkeypatch.setattr(throughput, "ROUNDS", 3)
-    monkeypatch.setattr(throughput, "_product_seconds", lambda: (2 * throughput.MATRIX**3 / 1e9, 2 * throughput.MATRIX**3 / 2e9))
+    monkeypatch.setattr(
+        throughput, "_product_seconds", lambda: (2 * throughput.MATRIX**3 / 1e9, 2 * throughput.MATRIX**3 / 2e9)
+    )
     cfg = trial(SMALL, Ladder(), {}).config
     found = throughput.bench_train(cfg)
     assert found["fastest"] <= found["seconds_per_step"] <= found["slowest"]
