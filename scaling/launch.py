@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import jax
@@ -26,9 +28,26 @@ POLL_SECONDS = 1.0
 
 
 def use_compile_cache() -> None:
-    """Programs compiled once serve all later processes of this machine."""
-    jax.config.update("jax_compilation_cache_dir", str(files.cache_dir() / "compiled"))
+    """Programs compiled once serve all later processes of this machine, from $JAX_COMPILATION_CACHE_DIR where that is set."""
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", str(files.cache_dir() / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+AHEAD = 4
+"""Threads that compile. XLA takes several cores for one program, and tracing it holds Python's lock."""
+
+
+def compile_ahead(order: Sequence[Trial], prepared: Prepared) -> dict[tuple, Future]:
+    """By `loop.programs`, the compilation of what trials need, under way in the order of the trials while the first are trained.
+
+    Only where an accelerator trains: the cores are free then. And where all of it is of this process. Else nothing.
+    """
+    if jax.default_backend() == "cpu" or jax.process_count() > 1:
+        return {}
+    pool = ThreadPoolExecutor(min(AHEAD, os.cpu_count() or 1))
+    configs = {loop.programs(t.config): t.config for t in reversed(order) if not t.config.model.counted}
+    return {key: pool.submit(loop.compile_ahead, configs[key], prepared) for key in reversed(configs)}
 
 
 def trunk_groups(trials: Sequence[Trial], prepared: Prepared) -> dict[str, list[Trial]]:
@@ -46,14 +65,15 @@ def run_trial(
     prepared: Prepared,
     branch_steps: Sequence[int],
     update: Callable,
-    lease: Lease,
+    lease: Lease | None,
     told: Callable[[], bool],
 ) -> None:
-    """Trains a claimed trial and records how it ended."""
+    """Trains a claimed trial and records how it ended. `lease` is told where time goes; None in processes beside the one that has it."""
     beats = ledger.trial_folder(folder, trial.id) / "beats"
     watch = Watch(f"trial {trial.id}", beats=beats, process=jax.process_index(), processes=jax.process_count())
     with contextlib.closing(watch):
-        lease.facts = watch.snapshot
+        if lease:
+            lease.facts = watch.snapshot
         result = loop.train(
             trial.config,
             prepared,
@@ -64,7 +84,6 @@ def run_trial(
             told=told,
             watch=watch,
         )
-        lease.write()  # before the result: the table has where time went
     ledger.record(folder, trial, prepared, result)
     if (said := ledger.trial_folder(folder, trial.id) / initial.FILE).exists():
         start = files.read_json(said)
@@ -92,6 +111,7 @@ def work(folder: Path, prepared: Prepared, start: float = 0.0) -> None:
     first = int(start * len(order))
     order = order[first:] + order[:first]
     total = sum(t.counts["C_flops"] for t in order)
+    compiled = compile_ahead([t for t in order if ledger.status(folder, t.id) not in ledger.ENDED], prepared)
     with preemption.noticed() as told, progress("sweep", total, "FLOP") as update:
         while True:
             if told():
@@ -113,6 +133,8 @@ def work(folder: Path, prepared: Prepared, start: float = 0.0) -> None:
                             shape = f"N {trial.counts['N_params']:.3g} D {trial.counts['D_tokens']:.3g}"
                             update(done + cost * step / steps, f"{shape} loss {loss:.3f}")
 
+                        if under_way := compiled.get(loop.programs(trial.config)):
+                            wait([under_way])  # a failure shows when the trial compiles it again
                         run_trial(folder, trial, prepared, branches.get(trial.id, ()), report, mine, told)
                         break
             else:
