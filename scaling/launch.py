@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
@@ -48,6 +48,16 @@ def compile_ahead(order: Sequence[Trial], prepared: Prepared) -> dict[tuple, Fut
     pool = ThreadPoolExecutor(min(AHEAD, os.cpu_count() or 1))
     configs = {loop.programs(t.config): t.config for t in reversed(order) if not t.config.model.counted}
     return {key: pool.submit(loop.compile_ahead, configs[key], prepared) for key in reversed(configs)}
+
+
+@contextlib.contextmanager
+def _cancelled(futures: Iterable[Future]) -> Iterator[None]:
+    """Cancels what has not begun in the end: a process that is told to leave would compile it all before it exits."""
+    try:
+        yield
+    finally:
+        for future in futures:
+            future.cancel()
 
 
 def trunk_groups(trials: Sequence[Trial], prepared: Prepared) -> dict[str, list[Trial]]:
@@ -112,7 +122,7 @@ def work(folder: Path, prepared: Prepared, start: float = 0.0) -> None:
     order = order[first:] + order[:first]
     total = sum(t.counts["C_flops"] for t in order)
     compiled = compile_ahead([t for t in order if ledger.status(folder, t.id) not in ledger.ENDED], prepared)
-    with preemption.noticed() as told, progress("sweep", total, "FLOP") as update:
+    with _cancelled(compiled.values()), preemption.noticed() as told, progress("sweep", total, "FLOP") as update:
         while True:
             if told():
                 raise Preempted("between trials")
