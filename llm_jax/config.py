@@ -15,11 +15,13 @@ This module imports nothing heavy, so that `llm-jax --help` answers at once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 from llm_jax.components import Experts, Media
-from llm_jax.settings import BadInput, check_types, did_you_mean, fingerprint, given, require
+from llm_jax.settings import HOW, BadInput, check_types, did_you_mean, fingerprint, given, require, what
 
 RULE: Literal["rule"] = "rule"
 """A setting that follows N and D by the rules of llm_jax/ladder.py."""
@@ -357,6 +359,9 @@ class Train:
     """A trial's folder, or a run directory, whose best trial it then is: parameters start as that trial left them, where path and
     shape agree. The optimizer starts anew."""
     seed: int = 0
+    compile: Literal["jit", "pmap"] = field(default="jit", metadata=HOW)
+    """jit: one program over the mesh. pmap: a replica of all parameters on each device of mesh.data, gradients added up; of one process,
+    and with draws of dropout of its own. Like the mesh, no part of a trial's identity."""
 
     def __post_init__(self) -> None:
         check_types(self, "train")
@@ -385,12 +390,41 @@ class Train:
 
 
 @dataclass(frozen=True)
+class Mesh:
+    """How the devices of all hosts share the work, as the sizes of five axes. The same model is trained, to rounding, and a checkpoint of
+    one mesh goes on with any other: no part of a trial's identity. Only model.experts.capacity_factor counts for each device alone.
+
+    One axis may be -1, the rest of the devices; where that is more than there are rows for, some stay idle. Rows of a step are spread
+    over data, fsdp and expert."""
+
+    data: int = -1
+    """Copies of the parameters, each with rows of its own."""
+    fsdp: int = 1
+    """Parameters and the optimizer's state are spread over it, and gathered where they are needed (ZeRO, Rajbhandari et al. 2020)."""
+    tensor: int = 1
+    """Heads, the MLP's hidden layer and the vocabulary are spread over it (Megatron-LM, Shoeybi et al. 2019)."""
+    expert: int = 1
+    """Experts are spread over it, and tokens sent to them (GShard, Lepikhin et al. 2020)."""
+    sequence: int = 1
+    """Positions of a row are spread over it; keys and values are gathered (context parallelism, Llama 3, 2024, section 3.3.2)."""
+
+    def __post_init__(self) -> None:
+        check_types(self, "mesh")
+        sizes = asdict(self)
+        for name, size in sizes.items():
+            require(size > 0 or size == -1, f"mesh.{name} must be positive, or -1 for the rest, got {size}")
+        rest = [name for name, size in sizes.items() if size == -1]
+        require(len(rest) < 2, f"mesh.{' and mesh.'.join(rest)} cannot all be -1, the rest; give all but one")
+
+
+@dataclass(frozen=True)
 class Config:
     """All of one trial."""
 
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
     train: Train = field(default_factory=Train)
+    mesh: Mesh = field(default_factory=Mesh, metadata=HOW)
 
     def __post_init__(self) -> None:
         if self.data.tokenizer == "bytes":
@@ -436,6 +470,41 @@ class Config:
                     f"train.tokens_per_step={self.train.tokens_per_step} is no multiple of data.context x train.grad_accumulation"
                     f" = {unit}; nearest: {near}"
                 )
+        self.check_mesh({name: max(1, size) for name, size in asdict(self.mesh).items()})
+
+    def check_mesh(self, sizes: Mapping[str, int]) -> None:
+        """Raises BadInput where a mesh of such axes cannot share this model's work. Its rows are mesh_rows' affair."""
+        model, experts = self.model, self.model.experts.number
+        shared = {"expert": {"model.experts.number": experts}} if experts else {}
+        if model.attends:
+            heads = {"model.num_heads": model.num_heads} | (
+                {"model.num_kv_heads": model.kv_heads} if model.kv_heads > 1 else {}
+            )
+            shared["tensor"] = heads | {"model.d_ff": model.expert_width if experts else model.ff_width}
+        shared["sequence"] = {"data.context": self.data.context}
+        for axis, amounts in shared.items():
+            for name, amount in amounts.items():
+                if amount % sizes[axis]:
+                    raise BadInput(
+                        f"mesh.{axis}={sizes[axis]} does not divide {name}={amount}; nearest below: {math.gcd(sizes[axis], amount)}"
+                    )
+        plain = model.family == "transformer" and model.media.kind == "none"
+        require(plain or sizes["sequence"] == 1, "mesh.sequence is of model.family=transformer without media alone")
+        require(
+            bool(experts) or sizes["expert"] == 1,
+            "mesh.expert spreads experts, and model.experts.number=0; use mesh.data or mesh.fsdp",
+        )
+        require(
+            experts == 0 or model.experts.routing == "token" or sizes["expert"] == 1,
+            "model.experts.routing=expert chooses among all rows and is not spread over mesh.expert; use mesh.data",
+        )
+        if self.train.compile == "pmap":
+            wrong = [name for name, size in sizes.items() if size > 1 and name != "data"]
+            if wrong:
+                raise BadInput(
+                    f"train.compile=pmap has whole replicas: mesh.{wrong[0]} must be 1, or train.compile=jit"
+                )
+            require(not experts, "train.compile=pmap balances no experts over replicas; use train.compile=jit")
 
     @property
     def resolved(self) -> bool:
@@ -455,7 +524,7 @@ class Config:
 
 def trunk_key(cfg: Config, data_fingerprint: str) -> str:
     """Names what a wsd run is until its cool-down: equal for runs that differ in their horizon alone."""
-    tree = given(cfg)
+    tree = given(what(cfg))
     for name in ("tokens", "decay_fraction", "final_lr", "checkpoint_every", "eval_every"):
         tree.get("train", {}).pop(name, None)
     return fingerprint([tree, data_fingerprint])

@@ -100,6 +100,23 @@ def override(config: T, values: Mapping[str, Any]) -> T:
     return from_dict(type(config), tree)
 
 
+HOW = {"how": True}
+"""Metadata of a dataclass's field that says how a trial is run and not what is trained: it is no part of the trial's identity."""
+
+
+def what(config: T) -> T:
+    """A copy with fields marked HOW at their defaults: what tells a trial from others."""
+    changes: dict[str, Any] = {}
+    for field in dataclasses.fields(config):  # type: ignore[arg-type]
+        value = getattr(config, field.name)
+        if field.metadata.get("how"):
+            made: Any = field.default_factory
+            changes[field.name] = made() if field.default is dataclasses.MISSING else field.default
+        elif dataclasses.is_dataclass(value):
+            changes[field.name] = what(value)
+    return dataclasses.replace(config, **changes)  # type: ignore[type-var]
+
+
 def given(config: Any) -> dict[str, Any]:
     """The fields of a dataclass that are not at their defaults, as plain JSON values."""
     found = {}
@@ -115,8 +132,8 @@ def given(config: Any) -> dict[str, Any]:
 def fingerprint(value: Any) -> str:
     """12 hex digits of the SHA-256 of JSON values, or of what a dataclass has that is not its default: the name of a trial.
 
-    So a setting that is new here renames no trial that was run without it.
+    So a setting that is new here renames no trial that was run without it. Fields marked HOW are left out.
     """
     if dataclasses.is_dataclass(value):
-        value = given(value)
+        value = given(what(value))
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]

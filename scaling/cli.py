@@ -26,6 +26,7 @@ from scaling.options import (
     BenchCompareOptions,
     BenchFitOptions,
     BenchMoeOptions,
+    BenchSweepOptions,
     BenchTrainOptions,
     CalibrateOptions,
     DataOptions,
@@ -53,7 +54,7 @@ def train(options: TrainOptions) -> None:
     from scaling.experiment import Experiment
 
     base, _ = chosen_experiment(options)
-    alone = Experiment(base.model, base.data, base.train, base.ladder)
+    alone = Experiment(base.model, base.data, base.train, base.mesh, base.ladder)
     name = f"{options.experiment.stem if options.experiment else 'default'}-train"
     folder = options.run or Path("runs") / f"{name}-{fingerprint(alone.config)}"
     _run_trials(folder, name, alone, "", options.json)
@@ -285,6 +286,14 @@ def bench_compare(options: BenchCompareOptions) -> int:
     return 1 if found["regressed"] else 0
 
 
+def bench_sweep(options: BenchSweepOptions) -> None:
+    """Times a sweep and single trials and prints what was found."""
+    from scaling import sweep_speed, tables
+
+    found = sweep_speed.bench_sweep(options.experiment, options.alone)
+    print(jsonlib.dumps(tables.finite(found)) if options.json else sweep_speed.describe(found))
+
+
 def report(options: ReportOptions) -> None:
     """Writes the report and prints its summary and its path."""
     from scaling import content
@@ -411,6 +420,7 @@ VERBS: dict[str, tuple[Any, Callable[[Any], int | None]]] = {
     "bench train": (BenchTrainOptions, bench_train),
     "bench moe": (BenchMoeOptions, bench_moe),
     "bench compare": (BenchCompareOptions, bench_compare),
+    "bench sweep": (BenchSweepOptions, bench_sweep),
     "report": (ReportOptions, report),
     "data": (DataOptions, data),
     "explain": (ExplainOptions, explain),

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_jax import ladder
-from llm_jax.config import Config, Data, Model, Train
+from llm_jax.config import Config, Data, Mesh, Model, Train
 from llm_jax.ladder import Ladder
 from llm_jax.parts import num_params_active
 from llm_jax.settings import BadInput, did_you_mean, field_names, fingerprint, override
@@ -79,6 +79,7 @@ class Experiment:
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
     train: Train = field(default_factory=Train)
+    mesh: Mesh = field(default_factory=Mesh)
     ladder: Ladder = field(default_factory=Ladder)
     axes: Axes = ({},)
     law: str = "chinchilla"
@@ -87,7 +88,7 @@ class Experiment:
     @property
     def config(self) -> Config:
         """The base config, before axes and rules."""
-        return Config(self.model, self.data, self.train)
+        return Config(self.model, self.data, self.train, self.mesh)
 
 
 @dataclass(frozen=True)

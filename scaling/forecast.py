@@ -123,7 +123,7 @@ def verify(folder: Path, prepare: Callable[[Config], Any]) -> dict[str, Any]:
         raise BadInput(
             f"{folder}: the data is not that of the sweep: {described['data']} then, {prepared.fingerprint} now"
         )
-    alone = Experiment(config.model, config.data, config.train)
+    alone = Experiment(config.model, config.data, config.train, config.mesh)
     ledger.create(folder / "target", described["name"], described["docstring"], alone, [target], prepared)
     from scaling import launch
 

@@ -27,7 +27,7 @@ from llm_jax import files
 from llm_jax.config import Config, trunk_key
 from llm_jax.data.prepare import Prepared
 from llm_jax.ladder import Ladder
-from llm_jax.settings import BadInput, did_you_mean, from_dict, to_dict
+from llm_jax.settings import BadInput, did_you_mean, from_dict, to_dict, what
 from llm_jax.training.metrics import read_metrics
 from scaling import tables
 from scaling.experiment import DERIVED, Experiment, Trial
@@ -63,8 +63,10 @@ def create(
         files.write_json(folder / "experiment.json", described)
         for trial in trials:
             path = trial_folder(folder, trial.id) / "trial.json"
-            if not path.exists():
-                files.write_json(path, {"config": to_dict(trial.config), "point": dict(trial.point)})
+            told = {"config": to_dict(trial.config), "point": dict(trial.point)}
+            # How it is run, its mesh, may be another each time.
+            if not path.exists() or files.read_json(path)["config"] != told["config"]:
+                files.write_json(path, told)
 
 
 def check(folder: Path, described: dict[str, Any]) -> None:
@@ -77,14 +79,15 @@ def check(folder: Path, described: dict[str, Any]) -> None:
     known = files.read_json(path)
     # Settings that this version has and that one had not are at their defaults there; a default that has changed differs.
     known |= {
-        "config": to_dict(from_dict(Config, known["config"])),
+        "config": to_dict(what(from_dict(Config, known["config"]))),
         "ladder": to_dict(from_dict(Ladder, known["ladder"])),
     }
+    described = {**described, "config": to_dict(what(from_dict(Config, described["config"])))}
     for key in ("config", "ladder", "data"):
         if known[key] != described[key]:
-            what, old, new = _difference(known[key], described[key], key)
+            name, old, new = _difference(known[key], described[key], key)
             raise BadInput(
-                f"{folder} is the run of another config: {what} is {old} there and {new} here; nearest that is free: --run {_free(folder)}"
+                f"{folder} is the run of another config: {name} is {old} there and {new} here; nearest that is free: --run {_free(folder)}"
             )
 
 

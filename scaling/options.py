@@ -11,7 +11,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, UseAppendAction, arg
 
-from llm_jax.config import Data, Model, Train
+from llm_jax.config import Data, Mesh, Model, Train
 
 RunFolder = Annotated[Positional[Path], arg(metavar="RUN")]
 Json = Annotated[bool, arg(help="Print one JSON object and nothing else.")]
@@ -25,6 +25,7 @@ class TrainOptions:
     model: Model = Model()
     data: Data = Data()
     train: Train = Train()
+    mesh: Mesh = Mesh()
     run: Path | None = None
     """The run directory; default runs/NAME-train. A run that was stopped goes on."""
     json: Json = False
@@ -38,6 +39,7 @@ class SweepOptions:
     model: Model = Model()
     data: Data = Data()
     train: Train = Train()
+    mesh: Mesh = Mesh()
     axis: UseAppendAction[tuple[tuple[str, ...], ...]] = ()
     """NAME VALUE [VALUE ...]: replaces the experiment's axes; several are combined by product. NAME is any field by its dotted
     name, or depth (rung of the ladder), or compute (FLOPs: D = C / 6N)."""
@@ -193,6 +195,7 @@ class BenchTrainOptions:
     model: Model = Model()
     data: Data = Data()
     train: Train = Train()
+    mesh: Mesh = Mesh()
     depth: float | None = None
     """Rung of the experiment's ladder; default: the base config, which no trial need have."""
     peer: UseAppendAction[tuple[str, ...]] = ()
@@ -221,6 +224,16 @@ class BenchCompareOptions:
     baseline: Annotated[Positional[Path], arg(metavar="BASELINE.json")]
     write: bool = False
     """Give the file the device and the values of this machine."""
+    json: Json = False
+
+
+@dataclass(frozen=True)
+class BenchSweepOptions:
+    """Time a whole sweep against starting one process a trial: trials an hour, compilation and start-up included."""
+
+    experiment: Annotated[Positional[Path], arg(metavar="EXPERIMENT.py")]
+    alone: int | None = None
+    """Trials that are run in a process each, evenly spaced; default: all."""
     json: Json = False
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_type_hints
 import tyro
 from tyro.conf import Positional
 
-from llm_jax.config import Config, Data, Model, Train
+from llm_jax.config import Config, Data, Mesh, Model, Train
 from llm_jax.settings import BadInput, did_you_mean, field_names, to_dict
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def parse(kind: Any, words: Sequence[str], verb: str) -> Any:
     from scaling.experiment import load
 
     base = load(path)[0]
-    own = {"model": base.model, "data": base.data, "train": base.train}
+    own = {"model": base.model, "data": base.data, "train": base.train, "mesh": base.mesh}
     default = kind(experiment=Path(path), **{name: value for name, value in own.items() if name in names})
     return _parse(kind, words, verb, default)
 
@@ -72,7 +72,7 @@ def _plain_numbers(words: Sequence[str]) -> list[str]:
     plain, of_setting = [], False
     for word in words:
         if word.startswith("--"):
-            of_setting = word.startswith(("--model.", "--data.", "--train."))
+            of_setting = word.startswith(("--model.", "--data.", "--train.", "--mesh."))
         elif of_setting and re.fullmatch(r"\d+(\.\d+)?[eE]\+?\d+", word) and float(word).is_integer():
             word = str(int(float(word)))
         plain.append(word)
@@ -100,7 +100,7 @@ def _check_words(kind: Any, words: Sequence[str], verb: str) -> None:
 
 def _flags(kind: Any) -> list[str]:
     """All options of a verb as its help shows them."""
-    groups = {"model": Model, "data": Data, "train": Train}
+    groups = {"model": Model, "data": Data, "train": Train, "mesh": Mesh}
     positional = get_args(Positional[int])[1]
     hints = get_type_hints(kind, include_extras=True)
     flags = []
@@ -122,7 +122,7 @@ def _one_line(box: str) -> str:
             parts[-1].append(line)
     body = parts[0] if "╭" in box or len(parts) == 1 else parts[1]
     text = re.sub(r"\s+", " ", " ".join(body)).strip()
-    text = re.sub(r"^Error parsing (?:Config|model|data|train)(?:\.synthetic)?: ", "", text)
+    text = re.sub(r"^Error parsing (?:Config|model|data|train|mesh)(?:\.synthetic)?: ", "", text)
     return text or "the arguments are off; see --help"
 
 
@@ -134,9 +134,8 @@ def chosen_experiment(options: Any) -> tuple[Experiment, str]:
     from scaling.experiment import DERIVED, Experiment, load, product
 
     base, docstring = load(options.experiment) if options.experiment else (Experiment(), "")
-    changed = dataclasses.replace(
-        base, model=options.model, data=options.data, train=getattr(options, "train", base.train)
-    )
+    own = {name: getattr(options, name, getattr(base, name)) for name in ("model", "data", "train", "mesh")}
+    changed = dataclasses.replace(base, **own)
     if words := getattr(options, "axis", None):
         return dataclasses.replace(changed, axes=product(*(_axis(changed, one) for one in words))), docstring
     before, after = _flat(to_dict(base.config)), _flat(to_dict(changed.config))
@@ -169,6 +168,8 @@ def _axis(experiment: Experiment, words: Sequence[str]) -> Axes:
     names = [*field_names(Config), *DERIVED]
     if name not in names:
         raise BadInput(f'axis "{name}" names no field{did_you_mean(name, names)}')
+    if name.startswith("mesh.") or name == "train.compile":
+        raise BadInput(f"--axis {name} is how trials are run and not what is trained; give --{name} {values[0]}")
     if name in DERIVED:
         try:
             return axis(name, [float(value) for value in values])

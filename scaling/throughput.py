@@ -52,6 +52,10 @@ def check(cfg: Config) -> None:
         raise BadInput(f"model.family={cfg.model.family} is counted, not trained: there is no step to time")
     if cfg.model.media.kind != "none":
         raise BadInput("the benches have random tokens and no media; give model.media.kind=none")
+    if cfg.train.compile != "jit":
+        raise BadInput(
+            f"the benches time one device; train.compile={cfg.train.compile} is of several: give train.compile=jit"
+        )
 
 
 def start(cfg: Config) -> tuple[dict[str, Any], Round]:

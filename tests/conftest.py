@@ -9,7 +9,7 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("NPROC", "16")  # jax < 0.12 deadlocks with more simulated devices than threads
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4".strip()
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +17,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from llm_jax.config import Config, Data, Model, Train
+from llm_jax.config import Config, Data, Mesh, Model, Train
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -79,9 +79,10 @@ def corpus(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def tiny(corpus: Path) -> Config:
-    """The smallest model that learns the corpus, in steps of two rows."""
+    """The smallest model that learns the corpus, in steps of two rows, on one device."""
     return Config(
         model=Model(num_layers=1, d_model=16, num_heads=1),
         data=Data(source="files", files=(f"{corpus}/*",), context=32, eval_tokens=1024, val_fraction=0.2),
         train=Train(tokens_per_step=64, peak_lr=1e-2, steps_per_call=8),
+        mesh=Mesh(data=1),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import grain.python as grain
@@ -43,18 +43,22 @@ def num_windows(prepared: Prepared, context: int) -> int:
 
 
 def train_iterator(
-    prepared: Prepared, context: int, rows_per_step: int, seed: int, host: int = 0, hosts: int = 1
-) -> grain.DatasetIterator:
-    """Endless batches {"tokens": tokens_BxT, "media": items_BxIx of rows that have them} of one host's share of a step, shuffled anew each
-    epoch; its state is saved and set through Grain.
+    prepared: Prepared, context: int, rows_per_step: int, seed: int, rows: Sequence[int] | None = None, step: int = 0
+) -> Iterator[dict[str, np.ndarray]]:
+    """Endless batches {"tokens": tokens_BxT, "media": items_BxIx of rows that have them} from `step` on, shuffled anew each epoch.
 
-    Host h takes every hosts-th row, so that a step sees the same rows however many hosts share them.
+    Of each step's rows, those numbered in `rows`, a host's share, and no others are read. Row r of step n is one row of the data, whoever
+    reads it and wherever it was begun: there is no state to save, and the hosts of a restart may be fewer or more.
     """
-    if rows_per_step % hosts:
-        raise ValueError(f"{rows_per_step} rows a step do not divide among {hosts} hosts")
     windows = Windows(prepared.rows("train"), prepared.row_tokens, context)
-    dataset = grain.MapDataset.source(windows).seed(seed).shuffle().repeat()
-    dataset = dataset[host::hosts].batch(rows_per_step // hosts)
+    endless = grain.MapDataset.source(windows).seed(seed).shuffle().repeat()
+    rows = range(rows_per_step) if rows is None else rows
+
+    def one(i: int) -> dict[str, np.ndarray]:
+        return endless[i // len(rows) * rows_per_step + rows[i % len(rows)]]
+
+    dataset = grain.MapDataset.range(step * len(rows), len(endless) // rows_per_step * len(rows)).map(one)
+    dataset = dataset.batch(len(rows))
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)))
 
 

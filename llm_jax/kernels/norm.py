@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
+from jax.sharding import PartitionSpec
 
-from llm_jax import kernels
+from llm_jax import axes, kernels
 
 EPSILON = 1e-6
 NUMBERS = 1024
@@ -34,12 +35,12 @@ def plain(x: jax.Array, scale: jax.Array, kind: str) -> jax.Array:
 
 def norm(x: jax.Array, scale: jax.Array, kind: str) -> jax.Array:
     """As `plain`."""
-    return _normed(x, scale, kind, False) if kernels.used() else plain(x, scale, kind)
+    return _normed(x, scale, kind, False) if kernels.pay_for(x) else plain(x, scale, kind)
 
 
 def fork(x: jax.Array, scale: jax.Array, kind: str) -> tuple[jax.Array, jax.Array]:
     """(x, norm of x): where a branch leaves the residual stream, whose two gradients are then added in the kernel."""
-    return _forked(x, scale, kind, False) if kernels.used() else (x, plain(x, scale, kind))
+    return _forked(x, scale, kind, False) if kernels.pay_for(x) else (x, plain(x, scale, kind))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -54,10 +55,15 @@ def _forked(x: jax.Array, scale: jax.Array, kind: str, interpret: bool) -> tuple
 
 def _backward(kind, interpret, residuals, grad, stream=None):
     x, scale = residuals
-    flat = (-1, x.shape[-1])
-    stream_MxD = None if stream is None else stream.reshape(flat)
-    dx, dscale = gradient(x.reshape(flat), grad.reshape(flat), scale, kind, stream_MxD, interpret)
-    return dx.reshape(x.shape), dscale
+    arrays = (x, grad) if stream is None else (x, grad, stream)
+    spread = axes.spec(("rows", "sequence", "heads")[: x.ndim - 1], x.shape)
+
+    def part(scale, *arrays):
+        x_MxD, grad_MxD, *stream_MxD = (array.reshape(-1, array.shape[-1]) for array in arrays)
+        dx_MxD, dscale = gradient(x_MxD, grad_MxD, scale, kind, stream_MxD[0] if stream_MxD else None, interpret)
+        return dx_MxD.reshape(arrays[0].shape), axes.total(dscale, spread)
+
+    return axes.local(part, (PartitionSpec(), *len(arrays) * (spread,)), (spread, PartitionSpec()))(scale, *arrays)
 
 
 _normed.defvjp(lambda x, scale, kind, _: (plain(x, scale, kind), (x, scale)), _backward)

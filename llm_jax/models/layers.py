@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from llm_jax import kernels
+from llm_jax import axes, kernels
 from llm_jax.kernels import norm
 
 
@@ -47,6 +47,8 @@ def project(x: jax.Array, kernel: jax.Array, num_in: int = 1) -> jax.Array:
     As one product of two matrices: with more dimensions XLA's CPU compiler copies activations into another order to form the
     gradient of the kernel, which took a quarter of a step.
     """
+    if axes.size("sequence") > 1:  # rows and positions that are both spread are no longer one dimension
+        return jnp.tensordot(x, kernel.astype(x.dtype), num_in)
     width = math.prod(kernel.shape[:num_in])
     flat = x.reshape(-1, width) @ kernel.reshape(width, -1).astype(x.dtype)
     return flat.reshape(*x.shape[: x.ndim - num_in], *kernel.shape[num_in:])
@@ -59,7 +61,7 @@ def activate(kind: str, up: jax.Array, gate: jax.Array | None = None) -> jax.Arr
     half as many bytes again.
     """
     function = functools.partial(_activate, kind)
-    return jax.checkpoint(function)(up, gate) if kernels.used() else function(up, gate)
+    return jax.checkpoint(function)(up, gate) if kernels.pay_for(up) else function(up, gate)
 
 
 def _activate(kind: str, up: jax.Array, gate: jax.Array | None) -> jax.Array:

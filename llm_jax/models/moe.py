@@ -15,13 +15,15 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
+from llm_jax import axes
 from llm_jax.config import Experts, Model
 from llm_jax.models.layers import activate, normal, normal_out, project
 from llm_jax.settings import BadInput
@@ -248,12 +250,12 @@ def _expert_choice(cfg: Model, params: Params, x_MxD: jax.Array, score_MxE: jax.
 
 
 def mixture(
-    cfg: Model, params: Params, x_MxD: jax.Array, train: bool, axis: str | None = None
+    cfg: Model, params: Params, x_MxD: jax.Array, train: bool, axis: str | None = None, total: Callable | None = None
 ) -> tuple[jax.Array, Routing]:
     """(y_MxD, Routing) of one layer. The router computes in float32, whatever the experts do (Fedus et al. 2021, section 2.4).
 
     `train` decides about capacity and experts' choice, which evaluation and generation do without. Inside of shard_map, `axis` names
-    the mesh axis that tokens and experts are spread over; Routing is then of all its devices.
+    the mesh axis that experts are spread over, and `total` adds up over all devices that have tokens, whose Routing it then is.
     """
     experts, tokens = cfg.experts, x_MxD.shape[0]
     logits_MxE = jnp.matmul(x_MxD.astype(jnp.float32), params["router"], precision=jax.lax.Precision.HIGHEST)
@@ -279,8 +281,8 @@ def mixture(
         "router_z": jnp.square(jax.nn.logsumexp(logits_MxE, axis=-1)).sum(),
         "entropy": -jnp.where(share_MxE > 0, share_MxE * jnp.log(jnp.where(share_MxE > 0, share_MxE, 1)), 0).sum(),
     }
-    if axis is not None:
-        routing = jax.lax.psum(routing, axis)
+    if total is not None:
+        routing = total(routing)
     # Switch, eq. 4: E sum_e f_e P_e, of the share of choices and the mean share of the score; 1 where both are even. Times M.
     f_E = routing["load"] / routing["load"].sum()
     routing["balance"] = experts.number * (f_E * routing.pop("share")).sum()
@@ -304,15 +306,19 @@ class Mixture(nn.Module):
             ("", ("expert",), (number,), cfg.expert_width)
         ]
         kinds += [("shared_", (), (), shared)] if shared else []
-        for prefix, axes, shape, width in kinds:
+        for prefix, names, shape, width in kinds:
             for name in ("up", "gate") if cfg.mlp == "swiglu" else ("up",):
-                init = normal((*axes, "embed", "mlp"), cfg.d_model)
+                init = normal((*names, "embed", "mlp"), cfg.d_model)
                 params[prefix + name] = self.param(prefix + name, init, (*shape, cfg.d_model, width))
-            init = normal_out((*axes, "mlp", "embed"), width, cfg.num_layers)
+            init = normal_out((*names, "mlp", "embed"), width, cfg.num_layers)
             params[f"{prefix}down"] = self.param(f"{prefix}down", init, (*shape, width, cfg.d_model))
-        y_MxD, routing = mixture(cfg, params, x_BxTxD.reshape(-1, cfg.d_model), self.train)
+        if axes.mesh().empty or (self.train and cfg.experts.routing == "expert"):  # these choose among all rows
+            y_MxD, routing = mixture(cfg, params, x_BxTxD.reshape(-1, cfg.d_model), self.train)
+            y_BxTxD = y_MxD.reshape(x_BxTxD.shape)
+        else:
+            y_BxTxD, routing = expert_parallel(cfg, params, x_BxTxD, axes.mesh(), self.train)
         self.sow("routing", "sums", routing, init_fn=lambda: None, reduce_fn=lambda _, new: new)
-        return y_MxD.reshape(x_BxTxD.shape)
+        return y_BxTxD
 
 
 def rebalance(experts: Experts, bias: jax.Array, load: jax.Array) -> jax.Array:
@@ -323,25 +329,33 @@ def rebalance(experts: Experts, bias: jax.Array, load: jax.Array) -> jax.Array:
     return bias + experts.bias_rate * jnp.sign(load.mean(-1, keepdims=True) - load)
 
 
-def expert_parallel(cfg: Model, params: Any, x_BxTxD: jax.Array, mesh: Mesh, axis: str = "expert", train: bool = True):
-    """(y_BxTxD, Routing) as from `mixture`, with rows of the batch and experts spread over a mesh axis (GShard, Lepikhin et al. 2020).
+def expert_parallel(cfg: Model, params: Any, x_BxTxD: jax.Array, mesh: Mesh | AbstractMesh, train: bool = True):
+    """(y_BxTxD, Routing) as from `mixture`, with experts spread over the mesh axis "expert" (GShard, Lepikhin et al. 2020), and tokens as
+    the table of llm_jax/axes.py says: over it too, and over all other axes but "tensor", which has the hidden width.
 
     Each device routes its own rows, sends the choices to the devices of their experts by one all-to-all, and gets the results back by
     another. Capacity counts for each pair of device and expert. Without a capacity there is room for every token at every expert: exact,
-    at E / k times the products. Raises BadInput where axis does not divide rows or experts, and for experts that choose.
+    at E / k times the products. Raises BadInput where the axis does not divide rows or experts, and for experts that choose.
     """
-    size, number = mesh.shape[axis], cfg.experts.number
+    sizes, number, axis = dict(mesh.shape), cfg.experts.number, "expert"
+    size = sizes.get(axis, 1)
     for name, amount in (("model.experts.number", number), ("rows of a batch", x_BxTxD.shape[0])):
         if amount % size:
             near = max(size, size * round(amount / size))
             raise BadInput(f"{name}={amount} is no multiple of the mesh axis {axis}={size}; nearest that is: {near}")
     if cfg.experts.routing == "expert" and train:
         raise BadInput("model.experts.routing=expert chooses among all rows and is not spread over devices; use token")
-    spread, whole = PartitionSpec(axis), PartitionSpec()
-    specs = {name: spread if name in ("up", "gate", "down") else whole for name in params}
+    hidden = "mlp" if cfg.expert_width % sizes.get("tensor", 1) == 0 else None
+    names: dict[str, tuple[str | None, ...]] = {"up": (None, hidden), "gate": (None, hidden), "down": (hidden, None)}
+    names = {f"shared_{name}": of for name, of in names.items()} | {name: (axis, *of) for name, of in names.items()}
+    specs = {name: axes.spec(names.get(name, ()), leaf.shape, sizes) for name, leaf in params.items()}
+    rows = axes.spec(("rows", "sequence"), x_BxTxD.shape, sizes)
+    partial = axes.spec((hidden,), (cfg.expert_width,), sizes)
 
     def local(params, x_BxTxD):
-        y_MxD, routing = mixture(cfg, params, x_BxTxD.reshape(-1, cfg.d_model), train, axis)
-        return y_MxD.reshape(x_BxTxD.shape), routing
+        x_MxD, exchange = x_BxTxD.reshape(-1, cfg.d_model), axis if size > 1 else None
+        y_MxD, routing = mixture(cfg, params, x_MxD, train, exchange, lambda sums: axes.total(sums, rows))
+        return axes.total(y_MxD, partial).reshape(x_BxTxD.shape), routing
 
-    return jax.shard_map(local, mesh=mesh, in_specs=(specs, spread), out_specs=(spread, whole))(params, x_BxTxD)
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=(specs, rows), out_specs=(rows, PartitionSpec()), check_vma=False)
+    return mapped(params, x_BxTxD)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
+from llm_jax import axes
 from llm_jax.config import Model
 from llm_jax.models.attention import attend
 from llm_jax.models.layers import Norm, activate, normal, normal_out, project
@@ -160,7 +161,7 @@ class Block(nn.Module):
             y_BxTxD, cache = attention(x_BxTxD, angles, segment_BxT, cache, length, visible_BxS)
             x_BxTxD = norm1(x_BxTxD + dropout(y_BxTxD))
             x_BxTxD = norm2(x_BxTxD + dropout(mlp(x_BxTxD)))
-        return x_BxTxD, cache
+        return axes.constrain(x_BxTxD, "rows", "sequence", None), cache
 
 
 def recomputed(cfg: Model) -> Any:
@@ -198,7 +199,8 @@ class Transformer(nn.Module):
             visible_BxS = jnp.arange(cache.k_LxBxSxKxH.shape[2])[None, :] >= start_B[:, None]
         angles = rotation(positions_BxT, cfg) if cfg.positions == "rotary" else None
         # The tied matrix has variance 1/D for the logits; sqrt(D) lifts the input to 1 (Vaswani et al. 2017, 3.4).
-        x_BxTxD = embed_VxD.astype(dtype)[tokens_BxT] * dtype.type(cfg.d_model**0.5)
+        table_VxD = axes.constrain(embed_VxD.astype(dtype), "vocab", None)
+        x_BxTxD = table_VxD[tokens_BxT] * dtype.type(cfg.d_model**0.5)
         if place is not None:
             x_BxTxD = place(x_BxTxD)
         if cfg.positions == "learned":
@@ -207,6 +209,7 @@ class Transformer(nn.Module):
             x_BxTxD += table_TxD.astype(dtype)[positions_BxT] * dtype.type(cfg.d_model**0.5)
         elif cfg.positions == "sinusoidal":
             x_BxTxD += sinusoids(positions_BxT, cfg.d_model).astype(dtype)
+        x_BxTxD = axes.constrain(x_BxTxD, "rows", "sequence", None)
         x_BxTxD = nn.Dropout(cfg.dropout, deterministic=not self.train)(x_BxTxD)
         layers = nn.scan(
             recomputed(cfg),
@@ -226,7 +229,7 @@ class Transformer(nn.Module):
             head_DxV = jax.lax.optimization_barrier(embed_VxD.T)
         else:
             head_DxV = self.param("head", normal(("embed", "vocab"), cfg.d_model), (cfg.d_model, cfg.vocab_size))
-        logits_BxTxV = project(x_BxTxD, head_DxV).astype(jnp.float32)
+        logits_BxTxV = axes.constrain(project(x_BxTxD, head_DxV), "rows", "sequence", "vocab").astype(jnp.float32)
         if cfg.logit_softcap:
             logits_BxTxV = cfg.logit_softcap * jnp.tanh(logits_BxTxV / cfg.logit_softcap)
         if cache is None:

@@ -1,11 +1,10 @@
-"""Checkpoints through Orbax: a training state, the data iterator, and a small note, at numbered steps of a folder."""
+"""Checkpoints through Orbax: a training state at numbered steps of a folder, for any mesh. Where the data is follows from the step."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-import grain.python as grain
 import jax
 import orbax.checkpoint as ocp
 from absl import logging
@@ -26,18 +25,14 @@ class Checkpoints:
         """Those saved whole, ascending."""
         return sorted(self._manager.all_steps())
 
-    def save(self, step: int, state: Any, iterator: grain.DatasetIterator) -> None:
-        """Copies the state to the host before it returns; writes behind."""
-        items = ocp.args.Composite(state=ocp.args.StandardSave(state), data=grain.PyGrainCheckpointSave(iterator))
-        self._manager.save(step, args=items, force=True)
+    def save(self, step: int, state: Any) -> None:
+        """Copies the state to the host before it returns; writes behind. Every process writes its own part."""
+        self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state)), force=True)
 
-    def restore(self, step: int, like: Any, iterator: grain.DatasetIterator | None = None) -> Any:
-        """The state saved at `step`, on the devices of `like` (arrays or shapes); the iterator is set to where it was."""
+    def restore(self, step: int, like: Any) -> Any:
+        """The state saved at `step`, lying as `like` does (arrays, or shapes with shardings), whatever mesh has saved it."""
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        items = {"state": ocp.args.StandardRestore(abstract)}
-        if iterator is not None:
-            items["data"] = grain.PyGrainCheckpointRestore(iterator)
-        return self._manager.restore(step, args=ocp.args.Composite(**items))["state"]
+        return self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))["state"]
 
     def close(self) -> None:
         """Returns when the last save is on disk."""

@@ -13,17 +13,28 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, SingleDeviceSharding
 
-from llm_jax import files
+from llm_jax import files, kernels
 from llm_jax.config import Config, Model, Train, trunk_key
 from llm_jax.data import pipeline
 from llm_jax.data.prepare import Prepared
 from llm_jax.models import families, ngram
 from llm_jax.training import initial, pretrain
+from llm_jax.training import mesh as meshes
 from llm_jax.training.checkpoint import Checkpoints
 from llm_jax.training.metrics import Metrics
 from llm_jax.training.optimizer import adamw, cooldown_start, learning_rates
-from llm_jax.training.step import init_state, make_train_call, make_train_step
+from llm_jax.training.step import (
+    REPLICAS,
+    TrainState,
+    init_state,
+    make_replica_call,
+    make_train_call,
+    make_train_step,
+    one_replica,
+    replicate,
+)
 
 Progress = Callable[[int, int, float], None]
 """progress(step, num_steps, training loss)."""
@@ -54,25 +65,67 @@ class Result:
 
 
 @functools.lru_cache
-def compiled_call(model: Model, train: Train, prefix: int):
-    """One compilation for all trials of a shape: the settings that do not change the program are reset before they reach here."""
-    optimizer = adamw(train)
+def compiled_call(model: Model, train: Train, prefix: int, mesh: Mesh | None = None):
+    """(call, init_opt) of step.make_train_call on a mesh, or on the one device of its arguments: one compilation for all trials of a
+    shape, as the settings that do not change the program are reset before they reach here."""
+    optimizer, pmapped = adamw(train), train.compile == "pmap"
     loss_fn, adjust = pretrain.loss_fn(model, train, prefix), pretrain.adjust_fn(model, train.freeze)
-    step = make_train_step(loss_fn, optimizer, train.grad_accumulation, adjust)
-    return make_train_call(step, train.steps_per_call), jax.jit(optimizer.init)
+    step = make_train_step(loss_fn, optimizer, train.grad_accumulation, adjust, REPLICAS if pmapped else None)
+    options = {"compiler_options": kernels.compiler_options(model.d_model)}
+    if mesh is None:
+        return make_train_call(step, train.steps_per_call, **options), jax.jit(optimizer.init)
+    state, whole = meshes.state_shardings(mesh, model, abstract_state(model, train)), meshes.replicated(mesh)
+    init_opt = jax.jit(optimizer.init, out_shardings=state.opt_state)
+    if pmapped:
+        return make_replica_call(step, train.steps_per_call, list(mesh.devices.flat)), init_opt
+    shardings = {"in_shardings": (state, meshes.batch_sharding(mesh), whole, whole), "out_shardings": (state, whole)}
+    return make_train_call(meshes.traced(mesh, step), train.steps_per_call, **shardings, **options), init_opt
 
 
 @functools.lru_cache
-def _compiled_init(model: Model):
+def abstract_state(model: Model, train: Train) -> TrainState:
+    """The shapes of a run's state."""
+    params = jax.eval_shape(functools.partial(families.init, model), jax.random.key(0))
+    return jax.eval_shape(lambda params: init_state(params, adamw(train).init, 0), params)
+
+
+@functools.lru_cache
+def _compiled_init(model: Model, mesh: Mesh | None = None):
     # Runs once: on a CPU, half of its compilation would be spent on making it fast.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    return jax.jit(functools.partial(families.init, model), compiler_options=options)
+    init, shardings = functools.partial(families.init, model), None
+    if mesh is not None:  # no device ever has parameters that are not its own
+        shardings = meshes.state_shardings(mesh, model, jax.eval_shape(init, jax.random.key(0)))
+    return jax.jit(init, compiler_options=options, out_shardings=shardings)
+
+
+def compile_ahead(cfg: Config, prepared: Prepared) -> None:
+    """Compiles what `train` runs for a resolved `cfg` on all devices of this process, without running it; `train` then compiles none of it
+    again. Any thread may."""
+    mesh, data = meshes.make(cfg), cfg.data
+    call, _ = compiled_call(cfg.model, program(cfg.train), data.prefix, mesh)
+    _compiled_init(cfg.model, mesh).lower(jax.random.key(0)).compile()
+    shapes = abstract_state(cfg.model, program(cfg.train))
+    state = meshes.with_shardings(shapes, meshes.state_shardings(mesh, cfg.model, shapes))
+    first = next(pipeline.train_iterator(prepared, data.context, cfg.rows_per_step, data.shuffle_seed))
+    rows_C = _stack([first], cfg.train.steps_per_call)
+    batches = pretrain.make_batch(rows_C["tokens"], prepared.tokenizer(), data, rows_C.get("media"))
+    call.lower(state, batches, np.zeros(cfg.train.steps_per_call, np.float32), 1).compile()
+    held_out = pipeline.eval_set(prepared, data.context, data.eval_tokens)
+    pretrain.compile_evaluation(cfg.model, state.params, held_out, prepared.tokenizer(), data, mesh)
+
+
+def programs(cfg: Config) -> tuple[Any, ...]:
+    """What the compiled programs of a run depend on."""
+    data = cfg.data
+    shape = (cfg.rows_per_step, data.context, data.prefix, data.eval_tokens, data.document_mask)
+    return cfg.model, program(cfg.train), cfg.mesh, *shape
 
 
 def program(train: Train) -> Train:
     """The settings of `train` that the compiled step depends on; horizon, rate, schedule and seed reach it as arguments."""
     optimizer = ("beta1", "beta2", "epsilon", "weight_decay", "clip_norm")
-    names = (*optimizer, "z_loss", "label_smoothing", "grad_accumulation", "steps_per_call", "freeze")
+    names = (*optimizer, "z_loss", "label_smoothing", "grad_accumulation", "steps_per_call", "freeze", "compile")
     return Train(**{name: getattr(train, name) for name in names})
 
 
@@ -84,21 +137,25 @@ def train(
     trunks: Path | None = None,
     branch_steps: Sequence[int] = (),
     progress: Progress = lambda step, total, loss: None,
+    devices: Sequence[Any] | None = None,
 ) -> Result:
-    """Runs `cfg` (resolved) to its end in `folder`, from its last checkpoint where there is one, and evaluates.
+    """Runs `cfg` (resolved) to its end in `folder`, from its last checkpoint where there is one, and evaluates. On `devices`, or all.
 
-    The bits of the result do not depend on where it was stopped and started. With the schedule wsd, `trunks` is a folder shared
+    On one mesh the bits of the result do not depend on where it was stopped and started. With the schedule wsd, `trunks` is a folder shared
     by runs that differ in their horizon: this run starts from the latest step saved there by another that is still its own
     past, and leaves its state there at `branch_steps` for others. A loss that is not finite ends the run as "failed".
     """
     num_steps, per_call = cfg.num_steps, cfg.train.steps_per_call
-    iterator = pipeline.train_iterator(prepared, cfg.data.context, cfg.rows_per_step, cfg.data.shuffle_seed)
-    evaluate = _evaluation(cfg, prepared)
+    read = functools.partial(
+        pipeline.train_iterator, prepared, cfg.data.context, cfg.rows_per_step, cfg.data.shuffle_seed
+    )
     if cfg.model.counted:
-        return _count(cfg, prepared, iterator, evaluate, folder, progress)
-    call, init_opt = compiled_call(cfg.model, program(cfg.train), cfg.data.prefix)
-    params = _compiled_init(cfg.model)(jax.random.key(cfg.train.seed))
-    state = init_state(params, init_opt, cfg.train.seed)
+        return _count(cfg, prepared, read(), _evaluation(cfg, prepared), folder, progress)
+    mesh = meshes.make(cfg, devices)
+    evaluate = _evaluation(cfg, prepared, mesh)
+    call, init_opt = compiled_call(cfg.model, program(cfg.train), cfg.data.prefix, mesh)
+    params = _compiled_init(cfg.model, mesh)(jax.random.key(cfg.train.seed))
+    state = _placed(init_state(params, init_opt, cfg.train.seed), cfg.model, mesh)
     tokenizer = prepared.tokenizer()
     with contextlib.ExitStack() as stack:  # whatever ends the run, a save under way is finished first
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(folder / "checkpoints")))
@@ -108,19 +165,24 @@ def train(
             trunk = stack.enter_context(contextlib.closing(Checkpoints(trunks / key, keep=None)))
         first_step = 0
         if saved := checkpoints.steps():
-            state = checkpoints.restore(saved[-1], state, iterator)
+            state = checkpoints.restore(saved[-1], state)
             first_step = files.read_json(folder / "start.json")["first_step"] if (folder / "start.json").exists() else 0
         elif trunk and (past := [step for step in trunk.steps() if step <= cooldown_start(cfg.train, num_steps)]):
             first_step = past[-1]
-            state = trunk.restore(first_step, state, iterator)
+            state = trunk.restore(first_step, state)
             files.write_json(folder / "start.json", {"first_step": first_step})
         elif cfg.train.init_from:
             source, said = initial.plan(cfg, prepared.tokenizer_sha256)
-            params = initial.take(params, load_params(source.config, source.folder), said["taken"])
-            state = init_state(params, init_opt, cfg.train.seed)
+            params = initial.take(params, jax.device_get(load_params(source.config, source.folder)), said["taken"])
+            params = _placed(params, cfg.model, mesh)
+            state = _placed(init_state(params, init_opt, cfg.train.seed), cfg.model, mesh)
             files.write_json(folder / initial.FILE, {"from": str(source.folder), **said})
 
         step = int(state.step)
+        iterator = read(meshes.rows_here(mesh, cfg.rows_per_step), step)
+        whole = one_replica if cfg.train.compile == "pmap" else lambda state: state
+        if cfg.train.compile == "pmap":
+            state = replicate(state, list(mesh.devices.flat))
         metrics = stack.enter_context(contextlib.closing(Metrics(folder, step)))
         branch_steps = [s for s in branch_steps if trunk and s not in trunk.steps()]
         stops = sorted({num_steps, *branch_steps} - {0})
@@ -134,6 +196,7 @@ def train(
             rates_C = np.zeros(per_call, np.float32)
             rates_C[:n] = learning_rates(cfg.train, num_steps, np.arange(step, step + n))
             batches = pretrain.make_batch(rows_C["tokens"], tokenizer, cfg.data, rows_C.get("media"))
+            batches = meshes.joined(batches, mesh, cfg.rows_per_step)
             state, new = call(state, batches, rates_C, n)
             # The call runs while the metrics of the one before are written and the next rows are read.
             if pending:
@@ -147,13 +210,13 @@ def train(
                 bad_step, pending = metrics.write(cfg, *pending), None
                 progress(step, num_steps, metrics.last_loss)
                 if bad_step is None and evaluates:
-                    metrics.write_evaluation(step, cfg, evaluate(params=state.params))
+                    metrics.write_evaluation(step, cfg, evaluate(params=whole(state).params))
                 if bad_step is None and boundary:
                     if trunk and step in branch_steps:  # first: a kill between the two must not lose the branch
-                        trunk.save(step, state, iterator)
-                    checkpoints.save(step, state, iterator)
+                        trunk.save(step, whole(state))
+                    checkpoints.save(step, whole(state))
         ended = time.perf_counter()
-        evaluation = evaluate(params=state.params) if bad_step is None else None
+        evaluation = evaluate(params=whole(state).params) if bad_step is None else None
         if evaluation:
             metrics.write_evaluation(step, cfg, evaluation)
     timing: dict[str, Any] = {"first_step": first_step, "seconds": ended - started}
@@ -174,7 +237,12 @@ def _stack(batches: Sequence[dict[str, np.ndarray]], length: int) -> dict[str, n
     return stacked
 
 
-def _evaluation(cfg: Config, prepared: Prepared) -> Callable[..., pretrain.Evaluation]:
+def _placed(tree: Any, model: Model, mesh: Mesh) -> Any:
+    """Parameters or a state, where they belong on the mesh."""
+    return jax.device_put(tree, meshes.state_shardings(mesh, model, tree))
+
+
+def _evaluation(cfg: Config, prepared: Prepared, mesh: Mesh | None = None) -> Callable[..., pretrain.Evaluation]:
     """evaluate(params=...) on the fixed held-out set."""
     return functools.partial(
         pretrain.evaluate,
@@ -182,6 +250,7 @@ def _evaluation(cfg: Config, prepared: Prepared) -> Callable[..., pretrain.Evalu
         held_out=pipeline.eval_set(prepared, cfg.data.context, cfg.data.eval_tokens),
         tokenizer=prepared.tokenizer(),
         data=cfg.data,
+        mesh=mesh,
     )
 
 
@@ -215,7 +284,10 @@ def load_params(cfg: Config, folder: Path) -> Any:
     """Parameters of the last checkpoint of a run."""
     if cfg.model.counted:
         return ngram.load(folder / COUNTS)
-    abstract = jax.eval_shape(lambda: init_state(families.init(cfg.model, jax.random.key(0)), adamw(cfg.train).init, 0))
+    here = SingleDeviceSharding(jax.local_devices()[0])  # whatever mesh has written them
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), abstract_state(cfg.model, cfg.train)
+    )
     checkpoints = Checkpoints(folder / "checkpoints")
     steps = checkpoints.steps()
     if not steps:

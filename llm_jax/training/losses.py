@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from llm_jax import kernels
+from llm_jax import axes, kernels
 from llm_jax.config import Experts
 from llm_jax.kernels import cross_entropy as fused
 
@@ -32,7 +32,8 @@ def cross_entropy(
 
     The z-term keeps the softmax normaliser near 1 (Chowdhery et al. 2022, section 5).
     """
-    if kernels.used():
+    # The kernel reads whole rows of logits, whose rows of tokens lie side by side.
+    if kernels.used() and axes.size("tensor", "sequence") == 1:
         flat = logits_BxTxV.reshape(-1, logits_BxTxV.shape[-1]), targets_BxT.reshape(-1), weights_BxT.reshape(-1)
         total, nll = fused.summed(*flat, label_smoothing, z_loss)
         return total, {"nll": nll, "weight": weights_BxT.sum()}

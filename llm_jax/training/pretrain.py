@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from llm_jax import axes
 from llm_jax.config import Data, Model, Train
 from llm_jax.data.pipeline import EvalSet, segments
 from llm_jax.data.tokenizer import Tokenizer
@@ -16,6 +19,7 @@ from llm_jax.models import families, ngram
 from llm_jax.models.media import Items
 from llm_jax.models.moe import rebalance
 from llm_jax.parts import begins
+from llm_jax.training import mesh as meshes
 from llm_jax.training.losses import cross_entropy, routing_loss, token_nll
 from llm_jax.training.optimizer import trained
 from llm_jax.training.step import AdjustFn, LossFn
@@ -103,8 +107,7 @@ class Evaluation(NamedTuple):
 
 
 @functools.lru_cache
-def _compiled_nll(model: Model, prefix: int):
-    @jax.jit
+def _compiled_nll(model: Model, prefix: int, mesh: Mesh | None):
     def nll(params: Any, batches: dict[str, Any]) -> jax.Array:
         def rows(batch):
             inputs_BxT, segment_BxT = batch["tokens"][:, :-1], batch.get("segments")
@@ -116,11 +119,37 @@ def _compiled_nll(model: Model, prefix: int):
 
         return jax.lax.map(rows, batches)
 
-    return nll
+    return jax.jit(meshes.traced(mesh, nll), out_shardings=meshes.replicated(mesh) if mesh is not None else None)
 
 
-def evaluate(model: Model, params: Any, held_out: EvalSet, tokenizer: Tokenizer, data: Data) -> Evaluation:
-    """Evaluates on all rows of `held_out`, on the targets after the prefix.
+def _held_out_batches(held_out: EvalSet, tokenizer: Tokenizer, data: Data, mesh: Mesh | None) -> Any:
+    """Batches of EVAL_ROWS rows, or as many more as divide among the devices of a mesh, the last filled up with zeros."""
+    rows, width = held_out.tokens_BxT.shape
+    across = math.prod(mesh.shape[axis] for axis in axes.ROWS) if mesh is not None else 1
+    at_once = -(-EVAL_ROWS // across) * across
+    padded = np.zeros((-(-rows // at_once) * at_once, width), np.int32)
+    padded[:rows] = held_out.tokens_BxT
+    items_BxIx = held_out.items_BxIx
+    if items_BxIx is not None:
+        items_BxIx = np.resize(items_BxIx, (len(padded), *items_BxIx.shape[1:]))
+        items_BxIx = items_BxIx.reshape(-1, at_once, *items_BxIx.shape[1:])
+    batches = make_batch(padded.reshape(-1, at_once, width), tokenizer, data, items_BxIx)
+    if mesh is None:
+        return batches
+    return jax.tree.map(functools.partial(meshes.put, sharding=meshes.batch_sharding(mesh)), batches)
+
+
+def compile_evaluation(
+    model: Model, params: Any, held_out: EvalSet, tokenizer: Tokenizer, data: Data, mesh: Mesh | None = None
+) -> None:
+    """Compiles what `evaluate` runs, of abstract parameters."""
+    _compiled_nll(model, data.prefix, mesh).lower(params, _held_out_batches(held_out, tokenizer, data, mesh)).compile()
+
+
+def evaluate(
+    model: Model, params: Any, held_out: EvalSet, tokenizer: Tokenizer, data: Data, mesh: Mesh | None = None
+) -> Evaluation:
+    """Evaluates on all rows of `held_out`, on the targets after the prefix; on all devices of a mesh, whose processes all take part.
 
     The standard error treats documents as the independent units (a ratio estimate over clusters, Cochran 1977, section 6.3):
     tokens of one document share its difficulty, and treated as independent they would claim too much.
@@ -130,14 +159,8 @@ def evaluate(model: Model, params: Any, held_out: EvalSet, tokenizer: Tokenizer,
         batch = make_batch(held_out.tokens_BxT, tokenizer, data)
         nll_B = -ngram.token_log_probs(params, batch["tokens"], batch.get("segments"))[:, data.prefix :].sum(-1)
     else:
-        padded = np.zeros((-(-rows // EVAL_ROWS) * EVAL_ROWS, width), np.int32)
-        padded[:rows] = held_out.tokens_BxT
-        items_BxIx = held_out.items_BxIx
-        if items_BxIx is not None:
-            items_BxIx = np.resize(items_BxIx, (len(padded), *items_BxIx.shape[1:]))
-            items_BxIx = items_BxIx.reshape(-1, EVAL_ROWS, *items_BxIx.shape[1:])
-        batches = make_batch(padded.reshape(-1, EVAL_ROWS, width), tokenizer, data, items_BxIx)
-        nll_B = np.asarray(_compiled_nll(model, data.prefix)(params, batches), np.float64).reshape(-1)[:rows]
+        batches = _held_out_batches(held_out, tokenizer, data, mesh)
+        nll_B = np.asarray(_compiled_nll(model, data.prefix, mesh)(params, batches), np.float64).reshape(-1)[:rows]
     weights_BxT = make_batch(held_out.tokens_BxT, tokenizer, data, held_out.items_BxIx).get("weights")
     tokens_B = np.full(rows, width - 1 - data.prefix) if weights_BxT is None else weights_BxT.sum(-1, dtype=np.float64)
     loss = nll_B.sum() / tokens_B.sum()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+
+from llm_jax import axes
 
 Batch = Any
 """A pytree of arrays whose leading axis is rows."""
@@ -39,11 +41,13 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     grad_accumulation: int = 1,
     adjust: AdjustFn | None = None,
+    replicas: str | None = None,
 ):
     """Returns step(state, batch, learning_rate) -> (state, metrics); pure, for jit or pmap.
 
     Rows of the batch are split into `grad_accumulation` microbatches whose sums are added before the one division, so that
-    rows of unequal weight count the same as in one large batch.
+    rows of unequal weight count the same as in one large batch. Likewise the sums of `replicas`, an axis of pmap, whose draws of
+    dropout are their own.
     """
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
 
@@ -52,6 +56,7 @@ def make_train_step(
             (_, sums), grads = grad_fn(params, batch, key)
             return grads, sums
         micro = jax.tree.map(lambda x: x.reshape(grad_accumulation, -1, *x.shape[1:]), batch)
+        micro = jax.tree.map(lambda x: axes.constrain(x, None, "rows"), micro)
 
         def add(total, xs):
             (_, sums), grads = grad_fn(params, xs[0], xs[1])
@@ -67,7 +72,11 @@ def make_train_step(
 
     def step(state: TrainState, batch: Batch, learning_rate: jax.Array):
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        if replicas:
+            key = jax.random.fold_in(key, jax.lax.axis_index(replicas))
         grads, sums = grads_of(state.params, batch, key)
+        if replicas:
+            grads, sums = jax.lax.psum((grads, sums), replicas)
         weight = sums.pop("weight")
         grads = jax.tree.map(lambda g: g / weight, grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -80,14 +89,49 @@ def make_train_step(
     return step
 
 
-def make_train_call(step, steps_per_call: int):
+def make_train_call(step, steps_per_call: int, **compilation: Any):
     """Returns jitted call(state, batches, learning_rates_C, n) -> (state, metrics): the first n <= C steps in one dispatch.
 
     n is an argument and not a shape, so that the short last call of a run needs no second compilation. The state is donated.
-    Metrics are arrays whose first axis is C; entries from n on are zero.
+    Metrics are arrays whose first axis is C; entries from n on are zero. `compilation` is for jax.jit: shardings.
     """
+    return jax.jit(_steps(step, steps_per_call), donate_argnums=0, **compilation)
 
-    @functools.partial(jax.jit, donate_argnums=0)
+
+REPLICAS = "replicas"
+"""The axis of make_replica_call."""
+
+
+def make_replica_call(step, steps_per_call: int, devices: Sequence[Any]):
+    """make_train_call through jax.pmap: each array of the state has an axis of devices before it, and each device reads its share of the
+    rows of `batches`."""
+    call = jax.pmap(
+        _steps(step, steps_per_call), REPLICAS, in_axes=(0, 1, None, None), devices=devices, donate_argnums=0
+    )
+
+    def cut(x):
+        return x.reshape(x.shape[0], len(devices), -1, *x.shape[2:])
+
+    def every(state, batches, learning_rates_C, n):
+        state, metrics = call(state, jax.tree.map(cut, batches), learning_rates_C, n)
+        return state, jax.tree.map(lambda x: x[0], metrics)
+
+    return every
+
+
+def replicate(state: TrainState, devices: Sequence[Any]) -> TrainState:
+    """The state on each of `devices`, as make_replica_call takes it."""
+    return jax.pmap(lambda state, _: state, in_axes=(None, 0), devices=devices)(state, np.arange(len(devices)))
+
+
+def one_replica(state: TrainState) -> TrainState:
+    """The state that all replicas have, on one device."""
+    return jax.tree.map(lambda x: x[0], state)
+
+
+def _steps(step, steps_per_call: int):
+    """call of make_train_call, not compiled."""
+
     def call(state: TrainState, batches, learning_rates_C: jax.Array, n: jax.Array):
         def one(i, carry):
             state, metrics = carry

@@ -1,5 +1,7 @@
 """Batches: which rows make up a step depends on the seed and the step alone."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 
@@ -39,26 +41,42 @@ def test_windows_are_consecutive_cuts_of_the_stream(prepared):
         assert windows[i]["tokens"][-1] == windows[i + 1]["tokens"][0]
 
 
-def test_the_state_brings_back_the_very_next_batch(prepared):
-    """A checkpoint holds this state: a restart must neither skip nor repeat a row."""
+def test_a_restart_reads_the_very_next_batch(prepared):
+    """It knows its step and nothing else: it must neither skip nor repeat a row, also in a later epoch."""
     iterator = pipeline.train_iterator(prepared, CONTEXT, 3, seed=1)
-    take(iterator, 5)
-    state = iterator.get_state()
-    expected = take(iterator, 4)
-    fresh = pipeline.train_iterator(prepared, CONTEXT, 3, seed=1)
-    fresh.set_state(state)
-    np.testing.assert_array_equal(take(fresh, 4), expected)
+    steps = pipeline.num_windows(prepared, CONTEXT) // 3 + 5
+    take(iterator, steps)
+    fresh = pipeline.train_iterator(prepared, CONTEXT, 3, seed=1, step=steps)
+    np.testing.assert_array_equal(take(fresh, 4), take(iterator, 4))
 
 
 def test_hosts_share_a_step_without_overlap(prepared):
-    """The rows of a step are the same set however many hosts there are."""
+    """A step is the same rows in the same order however many hosts there are, and each reads its own alone."""
     whole = take(pipeline.train_iterator(prepared, CONTEXT, 4, seed=2), 6)
-    halves = [take(pipeline.train_iterator(prepared, CONTEXT, 4, 2, host, 2), 6) for host in range(2)]
-    for step in range(6):
-        together = np.concatenate([halves[0][step], halves[1][step]])
-        assert sorted(map(bytes, together)) == sorted(map(bytes, whole[step]))
-    with pytest.raises(ValueError, match="do not divide"):
-        pipeline.train_iterator(prepared, CONTEXT, 3, 0, 0, 2)
+    for rows in ([[0, 1], [2, 3]], [[0, 2], [1, 3]], [[1], [0, 2, 3]]):
+        parts = [take(pipeline.train_iterator(prepared, CONTEXT, 4, 2, share), 6) for share in rows]
+        for step in range(6):
+            for share, part in zip(rows, parts, strict=True):
+                np.testing.assert_array_equal(part[step], whole[step][share])
+
+
+@pytest.mark.parametrize("hosts", [(1, 2, 4), (4, 1, 3)])
+def test_no_row_is_lost_or_repeated_where_the_number_of_hosts_changes(prepared, hosts):
+    """Spot machines come back fewer or more: over the restarts an epoch still shows every row as often as it is there, once."""
+    rows = pipeline.num_windows(prepared, CONTEXT)
+    per_step = 12
+    steps, seen = rows // per_step, []
+    cuts = [0, steps // 3, steps // 2, steps]
+    for count, start, stop in zip(hosts, cuts[:-1], cuts[1:], strict=True):
+        for host in range(count):
+            own = range(host * per_step // count, (host + 1) * per_step // count)
+            iterator = pipeline.train_iterator(prepared, CONTEXT, per_step, 3, own, start)
+            seen += [row for batch in take(iterator, stop - start) for row in batch]
+    first = pipeline.train_iterator(prepared, CONTEXT, per_step, 3)
+    assert Counter(map(bytes, seen)) == Counter(map(bytes, np.concatenate(take(first, steps))))
+    windows = pipeline.Windows(prepared.rows("train"), prepared.row_tokens, CONTEXT)
+    left = Counter(bytes(windows[i]["tokens"]) for i in range(rows)) - Counter(map(bytes, seen))
+    assert left.total() == rows - steps * per_step
 
 
 def test_seeds_differ_and_repeat(prepared):

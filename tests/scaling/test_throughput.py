@@ -60,6 +60,8 @@ def test_an_unknown_device_has_no_utilisation():
 def test_what_has_no_step_is_refused(capsys):
     with pytest.raises(BadInput, match="ngram is counted"):
         throughput.bench_train(replace(SMALL, model=Model(family="ngram")))
+    with pytest.raises(BadInput, match=r"give train\.compile=jit"):
+        throughput.bench_train(replace(SMALL, train=replace(SMALL.train, compile="pmap")))
     assert cli.main(["bench", "trian"]) == 2
     assert 'did you mean "bench train"' in capsys.readouterr().err
 

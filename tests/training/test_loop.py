@@ -16,6 +16,7 @@ from llm_jax.data import prepare
 from llm_jax.generation import pairs, sampling
 from llm_jax.settings import BadInput, override, to_dict
 from llm_jax.training import loop, metrics
+from llm_jax.training import mesh as meshes
 
 pytestmark = pytest.mark.usefixtures("mixed_dtypes")
 
@@ -37,6 +38,27 @@ def assert_same_params(cfg, a, b):
 def assert_same_run(cfg, a, b, ra, rb):
     assert (ra.loss, ra.bits_per_byte) == (rb.loss, rb.bits_per_byte)
     assert_same_params(cfg, a, b)
+
+
+def test_what_was_compiled_ahead_is_not_compiled_again(cfg, tmp_path):
+    """Else a sweep on a GPU would compile every shape twice, the second time while the GPU waits."""
+    cfg = override(cfg, {"model.d_model": 24, "model.num_heads": 1, "train.tokens": 64 * 8})  # a shape of no other test
+    prepared = prepare.prepare(cfg)
+    loop.compile_ahead(cfg, prepared)
+    compiled = []
+
+    def hear(event, seconds, fun_name="", **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(fun_name)
+
+    jax.monitoring.register_event_duration_secs_listener(hear)
+    try:
+        loop.train(cfg, prepared, tmp_path / "ahead")
+        assert not {"jit(call)", "jit(nll)", "jit(init)"} & set(compiled)
+        loop.train(override(cfg, {"model.d_model": 40}), prepared, tmp_path / "not")
+        assert {"jit(call)", "jit(nll)", "jit(init)"} <= set(compiled)
+    finally:
+        jax.monitoring.clear_event_listeners()
 
 
 class Stop(Exception):
@@ -266,12 +288,13 @@ def test_trials_of_one_shape_share_one_compilation(cfg, tmp_path):
     """Horizon, rate, schedule and seed are arguments of the compiled call and not part of it."""
     prepared = prepare.prepare(cfg)
     loop.train(cfg, prepared, tmp_path / "first")
-    call, _ = loop.compiled_call(cfg.model, loop.program(cfg.train), 0)
+    mesh = meshes.make(cfg)
+    call, _ = loop.compiled_call(cfg.model, loop.program(cfg.train), 0, mesh)
     before = call._cache_size()
     for i, change in enumerate(
         [{"train.peak_lr": 1e-3}, {"train.tokens": 640}, {"train.schedule": "wsd"}, {"train.seed": 3}]
     ):
         changed = override(cfg, change)
         loop.train(changed, prepared, tmp_path / str(i))
-        assert loop.compiled_call(changed.model, loop.program(changed.train), 0)[0] is call
+        assert loop.compiled_call(changed.model, loop.program(changed.train), 0, mesh)[0] is call
     assert call._cache_size() == before
