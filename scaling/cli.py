@@ -418,9 +418,9 @@ VERBS: dict[str, tuple[Any, Callable[[Any], int | None]]] = {
     "calibrate": (CalibrateOptions, calibrate),
     "bench fit": (BenchFitOptions, bench_fit),
     "bench train": (BenchTrainOptions, bench_train),
+    "bench sweep": (BenchSweepOptions, bench_sweep),
     "bench moe": (BenchMoeOptions, bench_moe),
     "bench compare": (BenchCompareOptions, bench_compare),
-    "bench sweep": (BenchSweepOptions, bench_sweep),
     "report": (ReportOptions, report),
     "data": (DataOptions, data),
     "explain": (ExplainOptions, explain),
@@ -437,7 +437,7 @@ def _usage() -> str:
         "",
     ]
     for name, (options, _) in VERBS.items():
-        lines.append(f"  {name:15}{(options.__doc__ or '').splitlines()[0]}")
+        lines.append(f"  {name:12}{(options.__doc__ or '').splitlines()[0]}")
     return "\n".join([*lines, "", "llm-jax VERB --help shows a verb's options."])
 
 
