@@ -15,6 +15,7 @@ verdict open.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -22,7 +23,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -165,19 +166,30 @@ def _run(one: Bench, cores: int | None, number: int, cache: str) -> dict[str, An
     if cores:
         environment |= dict.fromkeys(THREADS, str(cores))
 
-    def keep_to() -> None:
-        """The first `cores`, the next ones in the next pass: one that another process holds does not decide."""
-        usable = sorted(os.sched_getaffinity(0))
-        first = number * (cores or 0) % len(usable)
-        os.sched_setaffinity(0, (usable[first:] + usable[:first])[:cores])
-
     command = [sys.executable, "-m", "scaling.cli", "bench", one.bench, *one.arguments, "--json"]
-    pinned = keep_to if cores and hasattr(os, "sched_setaffinity") else None
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, preexec_fn=pinned)
+    with _kept_to(cores, number):
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         said = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
         raise BadInput(f"bench {one.name}: {said.removeprefix('llm-jax: ')}")
     return json.loads(done.stdout)
+
+
+@contextlib.contextmanager
+def _kept_to(cores: int | None, number: int) -> Iterator[None]:
+    """Processes that are started meanwhile may use so many cores, the next ones in the next pass: one that another process holds is not
+    to decide."""
+    if not cores or not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    usable = os.sched_getaffinity(0)
+    ring = sorted(usable) * 2
+    first = number * cores % len(usable)
+    os.sched_setaffinity(0, ring[first : first + min(cores, len(usable))])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, usable)
 
 
 def _ratio(one: Bench, record: Mapping[str, Any]) -> float:

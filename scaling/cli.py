@@ -448,7 +448,7 @@ def _usage() -> str:
         "",
     ]
     for name, (options, _) in VERBS.items():
-        lines.append(f"  {name:12}{(options.__doc__ or '').splitlines()[0]}")
+        lines.append(f"  {name:15}{(options.__doc__ or '').splitlines()[0]}")
     return "\n".join([*lines, "", "llm-jax VERB --help shows a verb's options."])
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from llm_jax import parts
-from llm_jax.config import Config
+from llm_jax.config import Config, Mesh
 from llm_jax.settings import BadInput
 from scaling import ledger
 from scaling.hardware import PEAK_FLOPS
@@ -52,6 +52,10 @@ def check(cfg: Config) -> None:
         raise BadInput(f"model.family={cfg.model.family} is counted, not trained: there is no step to time")
     if cfg.model.media.kind != "none":
         raise BadInput("the benches have random tokens and no media; give model.media.kind=none")
+    if cfg.train.compile != "jit" or cfg.mesh != Mesh():
+        raise BadInput(
+            "the benches time one device, whatever others there are: leave mesh and train.compile at their defaults"
+        )
 
 
 def start(cfg: Config) -> tuple[dict[str, Any], Round]:

@@ -1,6 +1,7 @@
 """A guard against regressions is worth its rates of false alarms and of misses, and that it compares like with like."""
 
 import json
+import os
 import random
 from pathlib import Path
 
@@ -109,6 +110,17 @@ def test_a_bench_that_fails_is_told_by_its_own_line(file):
     one = baseline.Bench("train", ("--model.num_heads", "3"), "mfu")
     with pytest.raises(BadInput, match=r"bench train --model\.num_heads 3: .*does not divide"):
         baseline._run(one, 1, 0, str(file.parent))
+
+
+def test_benches_are_kept_to_cores_and_take_turns_on_them():
+    """What a bench may use decides how its CPU time is spent; and one busy core must not have all its passes."""
+    usable = os.sched_getaffinity(0)
+    kept = []
+    for number in range(2 * len(usable)):
+        with baseline._kept_to(1, number):
+            kept.append(os.sched_getaffinity(0))
+    assert [len(cores) for cores in kept] == [1] * len(kept)
+    assert set().union(*kept) == usable == os.sched_getaffinity(0)
 
 
 def test_baselines_of_this_repository_can_be_run():

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from llm_jax import parts
-from llm_jax.config import Config, Data, Experts, Model, Train
+from llm_jax.config import Config, Data, Experts, Mesh, Model, Train
 from llm_jax.settings import BadInput
 from scaling import cli, throughput
 from scaling.experiment import Ladder, trial
@@ -60,6 +60,9 @@ def test_an_unknown_device_has_no_utilisation():
 def test_what_has_no_step_is_refused(capsys):
     with pytest.raises(BadInput, match="ngram is counted"):
         throughput.bench_train(replace(SMALL, model=Model(family="ngram")))
+    for several in (replace(SMALL, train=replace(SMALL.train, compile="pmap")), replace(SMALL, mesh=Mesh(data=2))):
+        with pytest.raises(BadInput, match="the benches time one device"):
+            throughput.bench_train(several)
     assert cli.main(["bench", "trian"]) == 2
     assert 'did you mean "bench train"' in capsys.readouterr().err
 
