@@ -24,6 +24,7 @@ from scaling.options import (
     AttentionOptions,
     BacktestOptions,
     BenchFitOptions,
+    BenchSweepOptions,
     BenchTrainOptions,
     CalibrateOptions,
     DataOptions,
@@ -258,6 +259,14 @@ def bench_train(options: BenchTrainOptions) -> None:
     print(jsonlib.dumps(tables.finite(found)) if options.json else throughput.describe(found))
 
 
+def bench_sweep(options: BenchSweepOptions) -> None:
+    """Times a sweep and single trials and prints what was found."""
+    from scaling import sweep_speed, tables
+
+    found = sweep_speed.bench_sweep(options.experiment, options.alone)
+    print(jsonlib.dumps(tables.finite(found)) if options.json else sweep_speed.describe(found))
+
+
 def report(options: ReportOptions) -> None:
     """Writes the report and prints its summary and its path."""
     from scaling import content
@@ -382,6 +391,7 @@ VERBS: dict[str, tuple[Any, Callable[[Any], None]]] = {
     "calibrate": (CalibrateOptions, calibrate),
     "bench fit": (BenchFitOptions, bench_fit),
     "bench train": (BenchTrainOptions, bench_train),
+    "bench sweep": (BenchSweepOptions, bench_sweep),
     "report": (ReportOptions, report),
     "data": (DataOptions, data),
     "explain": (ExplainOptions, explain),

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from llm_jax import files
@@ -22,11 +23,30 @@ POLL_SECONDS = 1.0
 
 
 def use_compile_cache() -> None:
-    """Programs compiled once serve all later processes of this machine."""
+    """Programs compiled once serve all later processes of this machine, from $JAX_COMPILATION_CACHE_DIR where that is set."""
     import jax
 
-    jax.config.update("jax_compilation_cache_dir", str(files.cache_dir() / "compiled"))
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(files.cache_dir() / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+AHEAD = 4
+"""Threads that compile. XLA takes several cores for one program, and tracing it holds Python's lock."""
+
+
+def compile_ahead(order: Sequence[Trial], prepared: Prepared) -> dict[tuple, Future]:
+    """By `loop.programs`, the compilation of what trials need, under way in the order of the trials while the first are trained.
+
+    Only where an accelerator trains: the cores are free then. Else nothing.
+    """
+    import jax
+
+    if jax.default_backend() == "cpu":
+        return {}
+    pool = ThreadPoolExecutor(min(AHEAD, os.cpu_count() or 1))
+    configs = {loop.programs(t.config): t.config for t in reversed(order) if not t.config.model.counted}
+    return {key: pool.submit(loop.compile_ahead, configs[key], prepared) for key in reversed(configs)}
 
 
 def trunk_groups(trials: Sequence[Trial], prepared: Prepared) -> dict[str, list[Trial]]:
@@ -75,6 +95,7 @@ def work(folder: Path, prepared: Prepared, start: float = 0.0) -> None:
     first = int(start * len(order))
     order = order[first:] + order[:first]
     total = sum(t.counts["C_flops"] for t in order)
+    compiled = compile_ahead([t for t in order if ledger.status(folder, t.id) not in ledger.ENDED], prepared)
     with progress("sweep", total, "FLOP") as update:
         while True:
             state = {trial.id: ledger.status(folder, trial.id) for trial in order}
@@ -94,6 +115,8 @@ def work(folder: Path, prepared: Prepared, start: float = 0.0) -> None:
                             shape = f"N {trial.counts['N_params']:.3g} D {trial.counts['D_tokens']:.3g}"
                             update(done + cost * step / steps, f"{shape} loss {loss:.3f}")
 
+                        if under_way := compiled.get(loop.programs(trial.config)):
+                            wait([under_way])  # a failure shows when the trial compiles it again
                         run_trial(folder, trial, prepared, branches.get(trial.id, ()), report)
                         break
             else:

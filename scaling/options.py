@@ -202,6 +202,16 @@ class BenchTrainOptions:
 
 
 @dataclass(frozen=True)
+class BenchSweepOptions:
+    """Time a whole sweep against starting one process a trial: trials an hour, compilation and start-up included."""
+
+    experiment: Annotated[Positional[Path], arg(metavar="EXPERIMENT.py")]
+    alone: int | None = None
+    """Trials that are run in a process each, evenly spaced; default: all."""
+    json: Json = False
+
+
+@dataclass(frozen=True)
 class ReportOptions:
     """Write RUN/report.html with all figures, and print what was found."""
 

@@ -7,6 +7,7 @@ import pytest
 
 from llm_jax import kernels
 from llm_jax.kernels import cross_entropy, norm
+from llm_jax.models import attention
 from llm_jax.training import losses
 
 INTERPRET = jax.default_backend() == "cpu"
@@ -93,3 +94,26 @@ def test_cross_entropy_and_its_gradient(vocab, label_smoothing, z_loss, dtype):
     assert grad.dtype == logits.dtype
     assert relative(grad, plain_grad) < TOLERANCE[dtype]
     assert not np.asarray(grad[0, 1], np.float32).any()
+
+
+@pytest.mark.parametrize("causal", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_attention_within_documents(causal):
+    """Forwards and by queries, keys and values, with documents that end anywhere, one that is a block and one token of another."""
+    dtype, (rows, length, heads, kv_heads, width) = (
+        ("float32", (2, 256, 2, 1, 40)) if INTERPRET else ("bfloat16", (4, 1024, 12, 4, 64))
+    )
+    q, k, v, grad = (
+        normal(seed, (rows, length, n, width), dtype) for seed, n in enumerate((heads, kv_heads, kv_heads, heads))
+    )
+    ends = np.array([[0, 1, 128], [37, 90, length - 3]] * (rows // 2))
+    segments = jnp.asarray((np.arange(length)[None, :, None] >= ends[:, None, :]).sum(-1), jnp.int32)
+
+    def through(attend, arrays):
+        out, pull_back = jax.vjp(attend, *arrays)
+        return out, *pull_back(grad.astype(out.dtype))
+
+    found = through(lambda q, k, v: attention.attend_segments(q, k, v, segments, causal, INTERPRET), (q, k, v))
+    exact = (x.astype(jnp.float32) for x in (q, k, v))
+    wanted = through(lambda q, k, v: attention.attend_plain(q, k, v, segment_BxT=segments, causal=causal), exact)
+    for mine, plain in zip(found, wanted, strict=True):
+        assert relative(mine, plain) < TOLERANCE[dtype]

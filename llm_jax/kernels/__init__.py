@@ -5,7 +5,26 @@ Each has its plain form beside it, which every other backend runs and which test
 
 import jax
 
+CACHE_BYTES = 2**25
+"""An array up to this size stays in a GPU's L2 cache (50 MB on an H100), where passes over it cost next to nothing."""
+
 
 def used() -> bool:
     """Whether programs traced now run the kernels: on a GPU."""
     return jax.default_backend() == "gpu"
+
+
+def pay_for(x: jax.Array) -> bool:
+    """Whether to save passes over x: on a GPU, and where it is too large for the cache. A smaller one costs the start of kernels, and
+    XLA starts fewer where it may fuse as it likes."""
+    return used() and x.size * x.dtype.itemsize > CACHE_BYTES
+
+
+SMALL_WIDTH = 512
+
+
+def compiler_options(width: int) -> dict[str, str] | None:
+    """XLA's, for the training step of a model of this width: up to SMALL_WIDTH a GPU starts kernels that do not wait for each other side by
+    side, as one alone does not fill it. A step takes 10 % less time at a width of 128, 2 % less at 320 and 512, and 20 to 30 % more memory,
+    as fewer arrays share theirs."""
+    return {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"} if used() and width <= SMALL_WIDTH else None

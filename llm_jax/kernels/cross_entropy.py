@@ -18,9 +18,10 @@ from llm_jax import axes
 
 LEAST = -1e30
 """Stands for no logit: finite, so that no difference of two of them is NaN."""
-BLOCK, NUM_WARPS = 4096, 16
-"""Logits of one load, and warps of a program. The largest logit and the sum are kept for each place of a block and joined at the end:
-the warps need not wait for each other at every load."""
+SHORT = 2**14
+BLOCKS = {True: (2048, 4), False: (4096, 16)}
+"""By whether a row has at most SHORT logits: logits of one load, and warps of a program. The largest logit and the sum are kept for each
+place of a block and joined at the end: the warps need not wait for each other at every load."""
 
 
 def _kernel(
@@ -82,7 +83,8 @@ def nll_and_gradient(
     dtype, in their memory where nothing else reads them. mean_M is of the logits, and of use with label smoothing alone.
     """
     rows, vocab = logits_MxV.shape
-    block = min(BLOCK, pl.next_power_of_2(vocab))
+    block, num_warps = BLOCKS[vocab <= SHORT]
+    block = min(block, pl.next_power_of_2(vocab))
     row, number = pl.BlockSpec((None, vocab), lambda m: (m, 0)), pl.BlockSpec((1,), lambda m: (m,))
     column = jax.ShapeDtypeStruct((rows,), jnp.float32)
 
@@ -94,7 +96,7 @@ def nll_and_gradient(
         out_shape=[column, column, column, jax.ShapeDtypeStruct(logits_MxV.shape, logits_MxV.dtype)],
         input_output_aliases={0: 3},
         interpret=interpret,
-        compiler_params=triton.CompilerParams(num_warps=NUM_WARPS, num_stages=1),
+        compiler_params=triton.CompilerParams(num_warps=num_warps, num_stages=1),
         name="cross_entropy",
     )(logits_MxV, targets_M, weights_M)
 

@@ -35,12 +35,12 @@ def plain(x: jax.Array, scale: jax.Array, kind: str) -> jax.Array:
 
 def norm(x: jax.Array, scale: jax.Array, kind: str) -> jax.Array:
     """As `plain`."""
-    return _normed(x, scale, kind, False) if kernels.used() else plain(x, scale, kind)
+    return _normed(x, scale, kind, False) if kernels.pay_for(x) else plain(x, scale, kind)
 
 
 def fork(x: jax.Array, scale: jax.Array, kind: str) -> tuple[jax.Array, jax.Array]:
     """(x, norm of x): where a branch leaves the residual stream, whose two gradients are then added in the kernel."""
-    return _forked(x, scale, kind, False) if kernels.used() else (x, plain(x, scale, kind))
+    return _forked(x, scale, kind, False) if kernels.pay_for(x) else (x, plain(x, scale, kind))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))

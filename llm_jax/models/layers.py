@@ -61,7 +61,7 @@ def activate(kind: str, up: jax.Array, gate: jax.Array | None = None) -> jax.Arr
     half as many bytes again.
     """
     function = functools.partial(_activate, kind)
-    return jax.checkpoint(function)(up, gate) if kernels.used() else function(up, gate)
+    return jax.checkpoint(function)(up, gate) if kernels.pay_for(up) else function(up, gate)
 
 
 def _activate(kind: str, up: jax.Array, gate: jax.Array | None) -> jax.Array:

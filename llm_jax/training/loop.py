@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from llm_jax import files
+from llm_jax import files, kernels
 from llm_jax.config import Config, Model, Train, trunk_key
 from llm_jax.data import pipeline
 from llm_jax.data.prepare import Prepared
@@ -71,14 +71,15 @@ def compiled_call(model: Model, train: Train, prefix: int, mesh: Mesh | None = N
     optimizer, pmapped = adamw(train), train.compile == "pmap"
     loss_fn, adjust = pretrain.loss_fn(model, train, prefix), pretrain.adjust_fn(model, train.freeze)
     step = make_train_step(loss_fn, optimizer, train.grad_accumulation, adjust, REPLICAS if pmapped else None)
+    options = {"compiler_options": kernels.compiler_options(model.d_model)}
     if mesh is None:
-        return make_train_call(step, train.steps_per_call), jax.jit(optimizer.init)
+        return make_train_call(step, train.steps_per_call, **options), jax.jit(optimizer.init)
     state, whole = meshes.state_shardings(mesh, model, abstract_state(model, train)), meshes.replicated(mesh)
     init_opt = jax.jit(optimizer.init, out_shardings=state.opt_state)
     if pmapped:
         return make_replica_call(step, train.steps_per_call, list(mesh.devices.flat)), init_opt
     shardings = {"in_shardings": (state, meshes.batch_sharding(mesh), whole, whole), "out_shardings": (state, whole)}
-    return make_train_call(meshes.traced(mesh, step), train.steps_per_call, **shardings), init_opt
+    return make_train_call(meshes.traced(mesh, step), train.steps_per_call, **options, **shardings), init_opt
 
 
 @functools.lru_cache
@@ -96,6 +97,29 @@ def _compiled_init(model: Model, mesh: Mesh | None = None):
     if mesh is not None:  # no device ever has parameters that are not its own
         shardings = meshes.state_shardings(mesh, model, jax.eval_shape(init, jax.random.key(0)))
     return jax.jit(init, compiler_options=options, out_shardings=shardings)
+
+
+def compile_ahead(cfg: Config, prepared: Prepared) -> None:
+    """Compiles what `train` runs for a resolved `cfg`, without running it; `train` then compiles none of it again. Any thread may."""
+    mesh = meshes.make(cfg)
+    call, _ = compiled_call(cfg.model, program(cfg.train), cfg.data.prefix, mesh)
+    _compiled_init(cfg.model, mesh).lower(jax.random.key(0)).compile()
+    state = abstract_state(cfg.model, program(cfg.train))
+    state = meshes.with_shardings(state, meshes.state_shardings(mesh, cfg.model, state))
+    first = next(pipeline.train_iterator(prepared, cfg.data.context, cfg.rows_per_step, cfg.data.shuffle_seed))
+    rows_C = _stack([first], cfg.train.steps_per_call)
+    batches = pretrain.make_batch(rows_C["tokens"], prepared.tokenizer(), cfg.data, rows_C.get("media"))
+    if cfg.train.compile == "jit":
+        call.lower(state, batches, np.zeros(cfg.train.steps_per_call, np.float32), 1).compile()
+    held_out = pipeline.eval_set(prepared, cfg.data.context, cfg.data.eval_tokens)
+    pretrain.compile_evaluation(cfg.model, state.params, held_out, prepared.tokenizer(), cfg.data, mesh)
+
+
+def programs(cfg: Config) -> tuple[Any, ...]:
+    """What the compiled programs of a run depend on."""
+    data = cfg.data
+    shape = (cfg.rows_per_step, data.context, data.prefix, data.eval_tokens, data.document_mask)
+    return cfg.model, program(cfg.train), cfg.mesh, *shape
 
 
 def program(train: Train) -> Train:

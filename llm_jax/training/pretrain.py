@@ -122,6 +122,28 @@ def _compiled_nll(model: Model, prefix: int, mesh: Mesh | None):
     return jax.jit(meshes.traced(mesh, nll), out_shardings=meshes.replicated(mesh) if mesh is not None else None)
 
 
+def _held_out_batches(held_out: EvalSet, tokenizer: Tokenizer, data: Data, mesh: Mesh | None) -> dict[str, Any]:
+    """Batches of EVAL_ROWS rows, or of one for each device that has rows of its own; the last is filled up with zeros."""
+    across = math.prod(mesh.shape[axis] for axis in axes.ROWS) if mesh is not None else 1
+    at_once = -(-EVAL_ROWS // across) * across
+    rows, width = held_out.tokens_BxT.shape
+    padded = np.zeros((-(-rows // at_once) * at_once, width), np.int32)
+    padded[:rows] = held_out.tokens_BxT
+    items_BxIx = held_out.items_BxIx
+    if items_BxIx is not None:
+        items_BxIx = np.resize(items_BxIx, (len(padded), *items_BxIx.shape[1:]))
+        items_BxIx = items_BxIx.reshape(-1, at_once, *items_BxIx.shape[1:])
+    batches = make_batch(padded.reshape(-1, at_once, width), tokenizer, data, items_BxIx)
+    return batches if mesh is None else meshes.spread(batches, meshes.batch_sharding(mesh))
+
+
+def compile_evaluation(
+    model: Model, params: Any, held_out: EvalSet, tokenizer: Tokenizer, data: Data, mesh: Mesh | None = None
+) -> None:
+    """Compiles what `evaluate` runs, of abstract parameters."""
+    _compiled_nll(model, data.prefix, mesh).lower(params, _held_out_batches(held_out, tokenizer, data, mesh)).compile()
+
+
 def evaluate(
     model: Model, params: Any, held_out: EvalSet, tokenizer: Tokenizer, data: Data, mesh: Mesh | None = None
 ) -> Evaluation:
@@ -135,17 +157,7 @@ def evaluate(
         batch = make_batch(held_out.tokens_BxT, tokenizer, data)
         nll_B = -ngram.token_log_probs(params, batch["tokens"], batch.get("segments"))[:, data.prefix :].sum(-1)
     else:
-        across = math.prod(mesh.shape[axis] for axis in axes.ROWS) if mesh is not None else 1
-        at_once = -(-EVAL_ROWS // across) * across
-        padded = np.zeros((-(-rows // at_once) * at_once, width), np.int32)
-        padded[:rows] = held_out.tokens_BxT
-        items_BxIx = held_out.items_BxIx
-        if items_BxIx is not None:
-            items_BxIx = np.resize(items_BxIx, (len(padded), *items_BxIx.shape[1:]))
-            items_BxIx = items_BxIx.reshape(-1, at_once, *items_BxIx.shape[1:])
-        batches = make_batch(padded.reshape(-1, at_once, width), tokenizer, data, items_BxIx)
-        if mesh is not None:
-            batches = jax.tree.map(functools.partial(meshes.put, sharding=meshes.batch_sharding(mesh)), batches)
+        batches = _held_out_batches(held_out, tokenizer, data, mesh)
         nll_B = np.asarray(_compiled_nll(model, data.prefix, mesh)(params, batches), np.float64).reshape(-1)[:rows]
     weights_BxT = make_batch(held_out.tokens_BxT, tokenizer, data, held_out.items_BxIx).get("weights")
     tokens_B = np.full(rows, width - 1 - data.prefix) if weights_BxT is None else weights_BxT.sum(-1, dtype=np.float64)

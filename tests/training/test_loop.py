@@ -40,6 +40,27 @@ def assert_same_run(cfg, a, b, ra, rb):
     assert_same_params(cfg, a, b)
 
 
+def test_what_was_compiled_ahead_is_not_compiled_again(cfg, tmp_path):
+    """Else a sweep on a GPU would compile every shape twice, the second time while the GPU waits."""
+    cfg = override(cfg, {"model.d_model": 24, "model.num_heads": 1, "train.tokens": 64 * 8})  # a shape of no other test
+    prepared = prepare.prepare(cfg)
+    loop.compile_ahead(cfg, prepared)
+    compiled = []
+
+    def hear(event, seconds, fun_name="", **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(fun_name)
+
+    jax.monitoring.register_event_duration_secs_listener(hear)
+    try:
+        loop.train(cfg, prepared, tmp_path / "ahead")
+        assert not {"jit(call)", "jit(nll)", "jit(init)"} & set(compiled)
+        loop.train(override(cfg, {"model.d_model": 40}), prepared, tmp_path / "not")
+        assert {"jit(call)", "jit(nll)", "jit(init)"} <= set(compiled)
+    finally:
+        jax.monitoring.clear_event_listeners()
+
+
 class Stop(Exception):
     pass
 

@@ -1,0 +1,18 @@
+"""A sweep for one GPU: five shapes of 1 to 36 million parameters at four budgets, on Python's own sources.
+
+    llm-jax sweep experiments/one_gpu.py
+    llm-jax bench sweep experiments/one_gpu.py --alone 5
+
+"""
+
+from llm_jax.config import Data, Model, Train
+from llm_jax.ladder import Ladder
+from scaling.experiment import Experiment, isoflop
+
+experiment = Experiment(
+    model=Model(vocab_size=256, dtype="bfloat16"),
+    data=Data(source="stdlib", context=256),
+    train=Train(schedule="cosine", tokens_per_step=8_192),
+    ladder=Ladder(aspect=64),
+    axes=isoflop(budgets=[2e14, 4e14, 8e14, 1.6e15], depths=[3, 4, 5.5, 7, 9]),
+)
