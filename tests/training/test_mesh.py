@@ -23,7 +23,9 @@ pytestmark = [
 ]
 STEPS, ROWS, CONTEXT = 4, 16, 16
 DENSE = Model(vocab_size=256, num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, scan_layers=True)
-MIXED = replace(DENSE, num_layers=1, mlp="swiglu", experts=Experts(number=4, per_token=2, shared=1, granularity=2, z_weight=0.1))
+MIXED = replace(
+    DENSE, num_layers=1, mlp="swiglu", experts=Experts(number=4, per_token=2, shared=1, granularity=2, z_weight=0.1)
+)
 # With an epsilon as large as gradients are, AdamW does not hide one that is off by a factor.
 TRAIN = Train(
     tokens_per_step=ROWS * CONTEXT, tokens=10**6, peak_lr=1e-2, warmup_steps=1, steps_per_call=STEPS, epsilon=1e-2
