@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_jax.config import Config
+from llm_jax.config import Config, Mesh
 from llm_jax.settings import BadInput, did_you_mean, fingerprint
 from scaling.options import (
     AttentionOptions,
@@ -91,6 +91,11 @@ def _run_trials(folder: Path, name: str, experiment: Experiment, docstring: str,
     for trial in trials:
         if trial.config.train.init_from:
             initial.plan(trial.config)
+    if experiment.mesh != Mesh():  # which fits whatever there is
+        from llm_jax.training import mesh
+
+        for trial in trials:
+            mesh.check(trial.config)
     prepared = _prepare(experiment.config)
     ledger.create(folder, name, docstring, experiment, trials, prepared)
     import jax  # only now that nothing was refused

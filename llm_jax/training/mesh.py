@@ -64,6 +64,12 @@ def sizes(cfg: Config, count: int, all_of_them: bool = False) -> dict[str, int]:
     return found
 
 
+def check(cfg: Config) -> None:
+    """Raises BadInput where `make` would."""
+    if not cfg.model.counted:
+        sizes(cfg, jax.device_count(), jax.process_count() > 1)
+
+
 def make(cfg: Config, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of a resolved config over all devices of all processes, or over `devices`. Raises BadInput where they do not fit."""
     here = devices is None
