@@ -31,9 +31,11 @@ def bench_train(cfg: Config) -> dict[str, Any]:
         raise BadInput(f"model.family={cfg.model.family} is counted, not trained: there is no step to time")
     if cfg.model.media.kind != "none":
         raise BadInput("bench train has random tokens and no media; give model.media.kind=none")
+    if cfg.train.compile != "jit":
+        raise BadInput(f"bench train times train.compile=jit, not {cfg.train.compile}")
     import jax
 
-    call, state, batches, rates, compile_seconds, size = _compiled(cfg)
+    call, state, batches, rates, compile_seconds, size, devices = _compiled(cfg)
     seconds = []
     for _ in range(WARM_UP + ROUNDS):
         began = time.perf_counter()
@@ -45,6 +47,7 @@ def bench_train(cfg: Config) -> dict[str, Any]:
     peak, whose = _peak(jax.devices()[0].device_kind)
     return {
         "device": jax.devices()[0].device_kind,
+        "devices": devices,
         "jax": jax.__version__,
         "dtype": cfg.model.dtype,
         "n_params": parts.num_params(cfg.model),
@@ -61,7 +64,7 @@ def bench_train(cfg: Config) -> dict[str, Any]:
         "flops_convention": "6 N active + 12 L D S, attention in full",
         "peak_flops": peak,
         "peak_of": whose,
-        "mfu": tokens * flops / step / peak,
+        "mfu": tokens * flops / step / peak / devices,
         "memory_bytes": size,
         "compile_seconds": compile_seconds,
         "loss": loss,
@@ -76,28 +79,25 @@ def model_flops(cfg: Config) -> int:
 
 
 def _compiled(cfg: Config):
-    """The compiled call with its arguments, seconds to compile it, and the bytes that it needs."""
-    import jax
-
+    """The compiled call with its arguments, seconds to compile it, the bytes a device that it needs, and the devices."""
     from llm_jax.data.pipeline import segments
-    from llm_jax.models import families
     from llm_jax.training import loop
-    from llm_jax.training.step import init_state
+    from llm_jax.training import mesh as meshes
 
-    call, init_opt = loop.compiled_call(cfg.model, loop.program(cfg.train), cfg.data.prefix)
-    params = jax.jit(lambda key: families.init(cfg.model, key))(jax.random.key(0))
-    state = init_state(params, init_opt, 0)
+    mesh = meshes.make(cfg)
+    call, init_opt = loop.compiled_call(cfg.model, loop.program(cfg.train), cfg.data.prefix, mesh)
+    state = loop.first_state(cfg, mesh, init_opt)
     shape = (cfg.train.steps_per_call, cfg.rows_per_step, cfg.data.context + 1)
     tokens = np.random.default_rng(0).integers(0, cfg.model.vocab_size, shape).astype(np.int32)
     batches = {"tokens": tokens} | ({"segments": segments(tokens, 0)} if cfg.data.document_mask else {})
-    batches = jax.device_put(batches)
+    batches = meshes.spread(batches, meshes.batch_sharding(mesh))
     rates = np.full(cfg.train.steps_per_call, cfg.train.peak_lr, np.float32)
     began = time.perf_counter()
     compiled = call.lower(state, batches, rates, np.int32(len(rates))).compile()
     seconds = time.perf_counter() - began
     needs = compiled.memory_analysis()
     size = needs.temp_size_in_bytes + needs.argument_size_in_bytes + needs.output_size_in_bytes
-    return compiled, state, batches, rates, seconds, size - needs.alias_size_in_bytes
+    return compiled, state, batches, rates, seconds, size - needs.alias_size_in_bytes, mesh.size
 
 
 def _peak(device_kind: str) -> tuple[float, str]:
@@ -123,15 +123,15 @@ def _numpy_flops() -> float:
 def describe(found: dict[str, Any]) -> str:
     """The table for people."""
     lines = [
-        f"{found['device']}, jax {found['jax']}, {found['dtype']}; N {found['n_params']:,}, active {found['n_active']:,}; "
-        f"{found['rows']} rows of {found['context']:,} tokens a step",
+        f"{found['devices']} x {found['device']}, jax {found['jax']}, {found['dtype']};"
+        f" N {found['n_params']:,}, active {found['n_active']:,}; {found['rows']} rows of {found['context']:,} tokens a step",
         "",
         f"tokens a second  {found['tokens_per_second']:,.0f}",
         f"step             {1e3 * found['seconds_per_step']:.3f} ms, median of {found['rounds']} calls of {found['steps_per_call']} steps"
         f" ({1e3 * found['fastest']:.3f} to {1e3 * found['slowest']:.3f})",
         f"utilisation      {100 * found['mfu']:.1f} % of {found['peak_flops'] / 1e12:,.3g} TFLOP/s ({found['peak_of']});"
         f" {found['flops_per_token']:,} FLOPs a token: {found['flops_convention']}",
-        f"memory           {found['memory_bytes'] / 2**30:.2f} GiB, by the compiled program",
+        f"memory           {found['memory_bytes'] / 2**30:.2f} GiB a device, by the compiled program",
         f"compilation      {found['compile_seconds']:.1f} s",
     ]
     return "\n".join(lines)

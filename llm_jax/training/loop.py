@@ -157,8 +157,7 @@ def train(
         raise BadInput("train.compile=pmap is of one process; several train with train.compile=jit")
     evaluate = _evaluation(cfg, prepared, mesh)
     call, init_opt = compiled_call(cfg.model, program(cfg.train), cfg.data.prefix, mesh)
-    params = _compiled_init(cfg.model, mesh)(jax.random.key(cfg.train.seed))
-    state = _placed(init_state(params, init_opt, cfg.train.seed), cfg.model, mesh)
+    state = first_state(cfg, mesh, init_opt)
     tokenizer = prepared.tokenizer()
     with contextlib.ExitStack() as stack:  # whatever ends the run, a save under way is finished first
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(folder / "checkpoints")))
@@ -177,7 +176,9 @@ def train(
                 files.write_json(folder / "start.json", {"first_step": first_step})
         elif cfg.train.init_from:
             source, said = initial.plan(cfg, prepared.tokenizer_sha256)
-            params = initial.take(params, jax.device_get(load_params(source.config, source.folder)), said["taken"])
+            params = initial.take(
+                state.params, jax.device_get(load_params(source.config, source.folder)), said["taken"]
+            )
             params = _placed(params, cfg.model, mesh)
             state = _placed(init_state(params, init_opt, cfg.train.seed), cfg.model, mesh)
             if hosts.first():
@@ -240,6 +241,12 @@ def _stack(batches: Sequence[dict[str, np.ndarray]], length: int) -> dict[str, n
         for name, x in batch.items():
             stacked[name][i] = x
     return stacked
+
+
+def first_state(cfg: Config, mesh: Mesh, init_opt: Callable[[Any], Any]) -> TrainState:
+    """The state before the first step, each device making its own part."""
+    params = _compiled_init(cfg.model, mesh)(jax.random.key(cfg.train.seed))
+    return _placed(init_state(params, init_opt, cfg.train.seed), cfg.model, mesh)
 
 
 def _placed(tree: Any, model: Model, mesh: Mesh) -> Any:

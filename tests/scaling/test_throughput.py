@@ -34,7 +34,8 @@ def test_figures_of_a_step_follow_from_each_other(mixed_dtypes, monkeypatch):
     found = throughput.bench_train(cfg)
     assert found["fastest"] <= found["seconds_per_step"] <= found["slowest"]
     assert found["tokens_per_second"] == pytest.approx(16 / found["seconds_per_step"])
-    assert found["mfu"] == pytest.approx(found["tokens_per_second"] * found["flops_per_token"] / 1e9)
+    assert found["mfu"] == pytest.approx(found["tokens_per_second"] * found["flops_per_token"] / 2e9)
+    assert found["devices"] == 2, "as many as there are rows"
     assert found["memory_bytes"] > 3 * 4 * parts.num_params(cfg.model), "parameters and two moments"
     assert 0 < found["loss"] < 10
     assert "NumPy" in throughput.describe(found)
