@@ -23,7 +23,9 @@ from llm_jax.settings import BadInput, did_you_mean, fingerprint
 from scaling.options import (
     AttentionOptions,
     BacktestOptions,
+    BenchCompareOptions,
     BenchFitOptions,
+    BenchMoeOptions,
     BenchSweepOptions,
     BenchTrainOptions,
     CalibrateOptions,
@@ -266,12 +268,37 @@ def bench_fit(options: BenchFitOptions) -> None:
 def bench_train(options: BenchTrainOptions) -> None:
     """Times a training step and prints what was found."""
     from scaling import experiment as experiments
-    from scaling import tables, throughput
+    from scaling import peers, tables, throughput
 
+    checkouts = peers.parse(options.peer)
     base, _ = chosen_experiment(options)
     point = {"depth": options.depth} if options.depth is not None else {}
-    found = throughput.bench_train(experiments.trial(base.config, base.ladder, point).config)
-    print(jsonlib.dumps(tables.finite(found)) if options.json else throughput.describe(found))
+    config = experiments.trial(base.config, base.ladder, point).config
+    found = peers.bench(config, checkouts) if checkouts else throughput.bench_train(config)
+    describe = peers.describe if checkouts else throughput.describe
+    print(jsonlib.dumps(tables.finite(found)) if options.json else describe(found))
+
+
+def bench_moe(options: BenchMoeOptions) -> None:
+    """Times a mixture beside its dense twin and prints what was found."""
+    from llm_jax import ladder
+    from scaling import mixture, tables
+
+    base, _ = chosen_experiment(options)
+    said = options.experiment is not None or base.config != Config()
+    config = ladder.resolve(mixture.with_experts(base.config if said else mixture.default()))
+    found = mixture.bench_moe(config)
+    print(jsonlib.dumps(tables.finite(found)) if options.json else mixture.describe(found))
+
+
+def bench_compare(options: BenchCompareOptions) -> int:
+    """Runs the benches of a baseline and prints how they did. Returns 1 where one is slower."""
+    from scaling import baseline, tables
+
+    benches = [name.removeprefix("bench ") for name in VERBS if name.startswith("bench ") and name != "bench compare"]
+    found = baseline.compare(options.baseline, benches, options.write)
+    print(jsonlib.dumps(tables.finite(found)) if options.json else baseline.describe(found))
+    return 1 if found["regressed"] else 0
 
 
 def bench_sweep(options: BenchSweepOptions) -> None:
@@ -394,7 +421,7 @@ def attention(options: AttentionOptions) -> None:
     print(jsonlib.dumps({"trial": trial.id, "prompt": options.prompt, "figure": str(out), "maps": shown}))
 
 
-VERBS: dict[str, tuple[Any, Callable[[Any], None]]] = {
+VERBS: dict[str, tuple[Any, Callable[[Any], int | None]]] = {
     "train": (TrainOptions, train),
     "sweep": (SweepOptions, sweep),
     "status": (StatusOptions, status),
@@ -407,6 +434,8 @@ VERBS: dict[str, tuple[Any, Callable[[Any], None]]] = {
     "bench fit": (BenchFitOptions, bench_fit),
     "bench train": (BenchTrainOptions, bench_train),
     "bench sweep": (BenchSweepOptions, bench_sweep),
+    "bench moe": (BenchMoeOptions, bench_moe),
+    "bench compare": (BenchCompareOptions, bench_compare),
     "report": (ReportOptions, report),
     "data": (DataOptions, data),
     "explain": (ExplainOptions, explain),
@@ -423,12 +452,13 @@ def _usage() -> str:
         "",
     ]
     for name, (options, _) in VERBS.items():
-        lines.append(f"  {name:12}{(options.__doc__ or '').splitlines()[0]}")
+        lines.append(f"  {name:15}{(options.__doc__ or '').splitlines()[0]}")
     return "\n".join([*lines, "", "llm-jax VERB --help shows a verb's options."])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a verb. Returns the exit status: 0, 2 for bad input, 130 when interrupted, 141 for a closed pipe."""
+    """Runs a verb. Returns the exit status: 0, 1 where bench compare finds one slower, 2 for bad input, 130 when interrupted, 141 for a
+    closed pipe."""
     words = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):  # a terminal that cannot draw a letter is no reason to stop
         if isinstance(stream, io.TextIOWrapper):
@@ -449,7 +479,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name not in VERBS:
             raise BadInput(f'"{name}" is no verb{did_you_mean(name, VERBS)}')
         kind, verb = VERBS[name]
-        verb(parse(kind, words[len(name.split()) :], name))
+        return verb(parse(kind, words[len(name.split()) :], name)) or 0
     except BadInput as error:
         print(f"llm-jax: {error}", file=sys.stderr)
         return 2

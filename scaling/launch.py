@@ -27,7 +27,7 @@ def use_compile_cache() -> None:
     """Programs compiled once serve all later processes of this machine, from $JAX_COMPILATION_CACHE_DIR where that is set."""
     import jax
 
-    if not jax.config.jax_compilation_cache_dir:
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(files.cache_dir() / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
@@ -39,11 +39,11 @@ AHEAD = 4
 def compile_ahead(order: Sequence[Trial], prepared: Prepared) -> dict[tuple, Future]:
     """By `loop.programs`, the compilation of what trials need, under way in the order of the trials while the first are trained.
 
-    Only where an accelerator trains: the cores are free then. Else nothing.
+    Only where an accelerator trains: the cores are free then. And where all of it is of this process. Else nothing.
     """
     import jax
 
-    if jax.default_backend() == "cpu":
+    if jax.default_backend() == "cpu" or jax.process_count() > 1:
         return {}
     pool = ThreadPoolExecutor(min(AHEAD, os.cpu_count() or 1))
     configs = {loop.programs(t.config): t.config for t in reversed(order) if not t.config.model.counted}

@@ -117,3 +117,24 @@ def test_attention_within_documents(causal):
     wanted = through(lambda q, k, v: attention.attend_plain(q, k, v, segment_BxT=segments, causal=causal), exact)
     for mine, plain in zip(found, wanted, strict=True):
         assert relative(mine, plain) < TOLERANCE[dtype]
+
+
+@pytest.mark.skipif(INTERPRET, reason="cuDNN is for GPUs")
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize(
+    ("length", "window", "causal"), [(1024, None, True), (1000, None, True), (1024, 256, True), (1024, None, False)]
+)
+def test_cudnn_attention(length, window, causal, width, monkeypatch):
+    """Forwards and by queries, keys and values, at the shapes of training; a length that fills no block."""
+    shapes = ((4, length, heads, width) for heads in (12, 4, 4, 12))
+    q, k, v, grad = (normal(seed, shape, "bfloat16") for seed, shape in enumerate(shapes))
+
+    def through(attend, arrays):
+        out, pull_back = jax.vjp(lambda q, k, v: attend(q, k, v, window=window, causal=causal), *arrays)
+        return out, *pull_back(grad.astype(out.dtype))
+
+    wanted = through(attention.attend_plain, (x.astype(jnp.float32) for x in (q, k, v)))
+    monkeypatch.setattr(kernels, "used", lambda: True)
+    for mine, plain in zip(through(attention.attend, (q, k, v)), wanted, strict=True):
+        assert mine.dtype == jnp.bfloat16
+        assert relative(mine, plain) < TOLERANCE["bfloat16"]

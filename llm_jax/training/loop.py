@@ -80,7 +80,7 @@ def compiled_call(model: Model, train: Train, prefix: int, mesh: Mesh | None = N
     if pmapped:
         return make_replica_call(step, train.steps_per_call, list(mesh.devices.flat)), init_opt
     shardings = {"in_shardings": (state, meshes.batch_sharding(mesh), whole, whole), "out_shardings": (state, whole)}
-    return make_train_call(meshes.traced(mesh, step), train.steps_per_call, **options, **shardings), init_opt
+    return make_train_call(meshes.traced(mesh, step), train.steps_per_call, **shardings, **options), init_opt
 
 
 @functools.lru_cache
