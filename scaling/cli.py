@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_jax.config import Config
+from llm_jax.config import Config, Mesh
 from llm_jax.settings import BadInput, did_you_mean, fingerprint
 from llm_jax.training.preemption import EXIT_STATUS, Preempted
 from scaling.options import (
@@ -51,10 +51,12 @@ if TYPE_CHECKING:
 
 def train(options: TrainOptions) -> None:
     """Trains one model in a run directory of one trial."""
+    from llm_jax.training import hosts
     from scaling import ledger
     from scaling.experiment import Experiment
 
     base, _ = chosen_experiment(options)
+    hosts.connect(options.coordinator, options.num_processes, options.process_id)
     alone = Experiment(base.model, base.data, base.train, base.mesh, base.ladder)
     name = f"{options.experiment.stem if options.experiment else 'default'}-train"
     folder = options.run or Path("runs") / f"{name}-{fingerprint(alone.config)}"
@@ -62,6 +64,8 @@ def train(options: TrainOptions) -> None:
     from scaling import launch  # loads JAX: only now that nothing was refused
 
     launch.work(folder, prepared)
+    if not hosts.first():
+        return
     _print_trials([row for row in ledger.rows(folder) if row["id"] in asked], options.json)
     if not options.json:
         row = ledger.rows(folder)[0]
@@ -72,6 +76,7 @@ def train(options: TrainOptions) -> None:
 
 def sweep(options: SweepOptions) -> None:
     """Trains every trial of an experiment that has no result yet, by workers here or on a cluster."""
+    from llm_jax.training import hosts
     from scaling import experiment as experiments
     from scaling import launchers, ledger
 
@@ -85,6 +90,14 @@ def sweep(options: SweepOptions) -> None:
         _print_trials(rows, options.json)
         return
     launchers.ready(options.launcher)
+    workers = options.workers
+    if options.launcher == "local":
+        together = options.coordinator is not None or experiment.mesh != Mesh()
+        workers = workers or (1 if together else launchers.default_workers(*launchers.devices(), resources))
+        if workers == 1:  # of this host; else each has devices of its own, and no other process
+            hosts.connect(options.coordinator, options.num_processes, options.process_id)
+        elif options.coordinator is not None:
+            raise BadInput("--workers share one host; processes that train together are one worker: give --workers 1")
     asked, prepared = _create(folder, options.experiment.stem, experiment, docstring)
     if options.launcher == "slurm":
         jobs = launchers.submit_to_slurm(folder, options.workers, resources, options.sbatch)
@@ -95,7 +108,9 @@ def sweep(options: SweepOptions) -> None:
     if options.launcher == "ray":
         launchers.run_on_ray(folder, options.workers, resources)
     else:
-        launchers.run_here(folder, prepared, options.workers, resources)
+        launchers.run_here(folder, prepared, workers, resources)
+        if workers == 1 and not hosts.first():
+            return
     _print_trials([row for row in ledger.rows(folder) if row["id"] in asked], options.json)
 
 
@@ -109,6 +124,11 @@ def _create(folder: Path, name: str, experiment: Experiment, docstring: str) -> 
     for trial in trials:
         if trial.config.train.init_from:
             initial.plan(trial.config)
+    if experiment.mesh != Mesh():  # which fits whatever there is
+        from llm_jax.training import mesh
+
+        for trial in trials:
+            mesh.check(trial.config)
     prepared = _prepare(experiment.config)
     ledger.create(folder, name, docstring, experiment, trials, prepared)
     return {trial.id for trial in trials}, prepared

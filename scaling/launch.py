@@ -15,7 +15,7 @@ import jax
 from llm_jax import files
 from llm_jax.config import trunk_key
 from llm_jax.data.prepare import Prepared
-from llm_jax.training import initial, loop, preemption
+from llm_jax.training import hosts, initial, loop, preemption
 from llm_jax.training.optimizer import cooldown_start
 from llm_jax.training.preemption import Preempted
 from llm_jax.training.watch import Watch
@@ -69,6 +69,13 @@ def trunk_groups(trials: Sequence[Trial], prepared: Prepared) -> dict[str, list[
     return {key: sorted(group, key=lambda t: -t.config.num_steps) for key, group in groups.items() if len(group) > 1}
 
 
+@contextlib.contextmanager
+def claim(folder: Path, trial_id: str) -> Iterator[tuple[bool, Lease | None]]:
+    """ledger.claim by the first of the processes that train together, for all of them; the lease is the first one's alone."""
+    with ledger.claim(folder, trial_id) if hosts.first() else contextlib.nullcontext() as lease:
+        yield hosts.agreed(lease is not None), lease
+
+
 def run_trial(
     folder: Path,
     trial: Trial,
@@ -94,6 +101,8 @@ def run_trial(
             told=told,
             watch=watch,
         )
+    if not hosts.first():
+        return
     ledger.record(folder, trial, prepared, result)
     if (said := ledger.trial_folder(folder, trial.id) / initial.FILE).exists():
         start = files.read_json(said)
@@ -126,16 +135,17 @@ def work(folder: Path, prepared: Prepared, start: float = 0.0) -> None:
         while True:
             if told():
                 raise Preempted("between trials")
-            state = {trial.id: ledger.status(folder, trial.id) for trial in order}
+            state = hosts.agreed({trial.id: ledger.status(folder, trial.id) for trial in order})
             done = sum(t.counts["C_flops"] for t in order if state[t.id] in ledger.ENDED)
             left = [t for t in order if state[t.id] not in ledger.ENDED]
             if not left:
-                ledger.write_table(folder)  # again: another worker's last result may have come after our last table
+                if hosts.first():
+                    ledger.write_table(folder)  # again: another worker's last result may have come after our last table
                 return
             for trial in left:
                 if state.get(leader.get(trial.id, ""), "done") not in ledger.ENDED:
                     continue
-                with ledger.claim(folder, trial.id) as mine:
+                with claim(folder, trial.id) as (mine, lease):
                     if mine:
                         cost = trial.counts["C_flops"]
 
@@ -145,7 +155,7 @@ def work(folder: Path, prepared: Prepared, start: float = 0.0) -> None:
 
                         if under_way := compiled.get(loop.programs(trial.config)):
                             wait([under_way])  # a failure shows when the trial compiles it again
-                        run_trial(folder, trial, prepared, branches.get(trial.id, ()), report, mine, told)
+                        run_trial(folder, trial, prepared, branches.get(trial.id, ()), report, lease, told)
                         break
             else:
                 time.sleep(POLL_SECONDS)
