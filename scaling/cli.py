@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_jax.config import Config
+from llm_jax.config import Config, Mesh
 from llm_jax.settings import BadInput, did_you_mean, fingerprint
 from scaling.options import (
     AttentionOptions,
@@ -50,15 +50,17 @@ if TYPE_CHECKING:
 
 def train(options: TrainOptions) -> None:
     """Trains one model in a run directory of one trial."""
+    from llm_jax.training import hosts
     from scaling import ledger
     from scaling.experiment import Experiment
 
     base, _ = chosen_experiment(options)
+    hosts.connect(options.coordinator, options.num_processes, options.process_id)
     alone = Experiment(base.model, base.data, base.train, base.mesh, base.ladder)
     name = f"{options.experiment.stem if options.experiment else 'default'}-train"
     folder = options.run or Path("runs") / f"{name}-{fingerprint(alone.config)}"
     _run_trials(folder, name, alone, "", options.json)
-    if not options.json:
+    if not options.json and hosts.first():
         row = ledger.rows(folder)[0]
         print(
             f"loss {row['loss']:.4f} ± {row['loss_se']:.4f} nats per token, {row['bits_per_byte']:.4f} bits per byte; {folder}"
@@ -67,6 +69,7 @@ def train(options: TrainOptions) -> None:
 
 def sweep(options: SweepOptions) -> None:
     """Trains every trial of an experiment that has no result yet, in this process and options.workers - 1 beside it."""
+    from llm_jax.training import hosts
     from scaling import experiment as experiments
 
     experiment, docstring = chosen_experiment(options)
@@ -77,11 +80,12 @@ def sweep(options: SweepOptions) -> None:
         rows = [{"id": one.id, **one.point, **one.counts} for one in experiments.trials(experiment)]
         _print_trials(rows, options.json)
         return
+    hosts.connect(options.coordinator, options.num_processes, options.process_id)
     _run_trials(folder, options.experiment.stem, experiment, docstring, options.json, options.workers)
 
 
 def _run_trials(folder: Path, name: str, experiment: Experiment, docstring: str, json: bool, workers: int = 1) -> None:
-    from llm_jax.training import initial
+    from llm_jax.training import hosts, initial
     from scaling import experiment as experiments
     from scaling import ledger
 
@@ -89,16 +93,27 @@ def _run_trials(folder: Path, name: str, experiment: Experiment, docstring: str,
     for trial in trials:
         if trial.config.train.init_from:
             initial.plan(trial.config)
+    if experiment.mesh != Mesh():  # which fits whatever there is
+        from llm_jax.training import mesh
+
+        for trial in trials:
+            mesh.check(trial.config)
     prepared = _prepare(experiment.config)
     ledger.create(folder, name, docstring, experiment, trials, prepared)
-    from scaling import launch  # loads JAX: only now that nothing was refused
+    import jax  # only now that nothing was refused
 
+    from scaling import launch
+
+    if workers > 1 and jax.process_count() > 1:
+        raise BadInput("--workers share one host; processes that train together are one worker: give --workers 1")
     others = launch.spawn_workers(folder, workers)
     try:
         launch.work(folder, prepared)
     finally:
         for other in others:
             other.wait()
+    if not hosts.first():
+        return
     asked = {trial.id for trial in trials}
     _print_trials([row for row in ledger.rows(folder) if row["id"] in asked], json)
 

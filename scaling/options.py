@@ -28,6 +28,13 @@ class TrainOptions:
     mesh: Mesh = Mesh()
     run: Path | None = None
     """The run directory; default runs/NAME-train. A run that was stopped goes on."""
+    coordinator: str | None = None
+    """HOST:PORT of the first of several processes that train together, one a host; not needed where Cloud TPU, Slurm (srun), Open MPI or
+    Kubernetes has started them. Each runs the same command but for --process_id."""
+    num_processes: int | None = None
+    """Of that job; 1 trains alone, whatever the launcher has started."""
+    process_id: int | None = None
+    """Of this one, from 0."""
     json: Json = False
 
 
@@ -49,6 +56,13 @@ class SweepOptions:
     """Processes that train beside each other."""
     dry_run: bool = False
     """List the trials and stop."""
+    coordinator: str | None = None
+    """HOST:PORT of the first of several processes that train together, one a host; not needed where Cloud TPU, Slurm (srun), Open MPI or
+    Kubernetes has started them. Each runs the same command but for --process_id."""
+    num_processes: int | None = None
+    """Of that job; 1 trains alone, whatever the launcher has started."""
+    process_id: int | None = None
+    """Of this one, from 0."""
     json: Json = False
 
 
