@@ -158,7 +158,9 @@ def test_kernels_are_lowered_for_gpus_where_there_is_none(monkeypatch):
 
         return jax.grad(value, argnums=(0, 1, 2, 3, 4))(q, k, x, scale, logits)
 
-    absent = jax.sharding.AbstractMesh((1,), ("one",), abstract_device=H100)  # from jax 0.12 on it must be said which GPU
+    absent = jax.sharding.AbstractMesh(
+        (1,), ("one",), abstract_device=H100
+    )  # from jax 0.12 on it must be said which GPU
     with jax.sharding.use_abstract_mesh(absent):
         lowered = jax.jit(step).trace(q, k, ids, x, scale, logits).lower(lowering_platforms=("cuda",)).as_text()
     for name in ("cross_entropy", "layernorm_gradient", "forward_kernel", "queries_kernel", "keys_kernel"):
