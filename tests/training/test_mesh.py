@@ -278,3 +278,30 @@ def test_attention_on_a_mesh(kv_heads, window):
             for f in (attention.attend, attention.attend_plain)
         )
         assert_close(under(Mesh(sequence=2, tensor=2), spread, q, k, v), plain(q, k, v))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["encoder_decoder", "lstm", "seq2seq_rnn", "feedforward"])
+def test_every_family_trains_alike_on_a_mesh(tiny, tmp_path, family):
+    """One loop for all of them, on any mesh that their settings allow."""
+    prefix = 8 if family in ("encoder_decoder", "seq2seq_rnn") else 0
+    cfg = override(tiny, {"model.family": family, "data.prefix": prefix, "model.num_heads": 2, "train.peak_lr": 1e-3})
+    cfg = override(cfg, {"train.tokens": 256 * 8, "train.tokens_per_step": 256, "train.warmup_steps": 2})
+    prepared = prepare.prepare(cfg)
+    spread = override(cfg, {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2})
+    one, many = (loop.train(c, prepared, tmp_path / name) for name, c in (("one", cfg), ("many", spread)))
+    assert many.loss == pytest.approx(one.loss, rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model.recompute": "block", "data.document_mask": True},
+        {"model.window": 4, "model.norm_position": "post", "model.tie_embeddings": False, "model.scan_layers": False},
+        {"train.grad_accumulation": 2, "model.positions": "learned", "model.mlp": "swiglu"},
+    ],
+)
+def test_variants_of_the_transformer_on_a_mesh(changes):
+    """What is recomputed, masked or tied must not depend on where it lies."""
+    assert_agrees(override(config(mesh=Mesh(fsdp=2, tensor=2)), changes))
