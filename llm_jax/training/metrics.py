@@ -59,7 +59,8 @@ class Metrics:
 
     def write_seconds(self, step: int, seconds: float) -> None:
         """Seconds a step of the call that ended with `step`, in TensorBoard alone: the lines are the same bits on every machine."""
-        self._events.add_scalar("seconds_per_step", seconds, step)
+        if self._writes:
+            self._events.add_scalar("seconds_per_step", seconds, step)
 
     def _write(self, line: dict[str, Any]) -> None:
         if not self._writes:
