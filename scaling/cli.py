@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from llm_jax.config import Config, Mesh
 from llm_jax.settings import BadInput, did_you_mean, fingerprint
+from llm_jax.training import hosts
 from llm_jax.training.preemption import EXIT_STATUS, Preempted
 from scaling.options import (
     AttentionOptions,
@@ -51,7 +52,6 @@ if TYPE_CHECKING:
 
 def train(options: TrainOptions) -> None:
     """Trains one model in a run directory of one trial."""
-    from llm_jax.training import hosts
     from scaling import ledger
     from scaling.experiment import Experiment
 
@@ -76,7 +76,6 @@ def train(options: TrainOptions) -> None:
 
 def sweep(options: SweepOptions) -> None:
     """Trains every trial of an experiment that has no result yet, by workers here or on a cluster."""
-    from llm_jax.training import hosts
     from scaling import experiment as experiments
     from scaling import launchers, ledger
 
@@ -475,7 +474,17 @@ def _usage() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a verb. Returns the exit status: 0, 1 where bench compare finds one slower, 2 for bad input, 75 when told to leave, 130 when
     interrupted, 141 for a closed pipe."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        status = _main(list(sys.argv[1:] if argv is None else argv))
+    except Exception:
+        hosts.leave(1)
+        raise
+    if status:
+        hosts.leave(status)
+    return status
+
+
+def _main(words: list[str]) -> int:
     for stream in (sys.stdout, sys.stderr):  # a terminal that cannot draw a letter is no reason to stop
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")

@@ -86,6 +86,21 @@ def test_two_processes_train_as_one(corpus, tmp_path):
 
 
 @pytest.mark.slow
+def test_an_error_in_one_process_ends_the_job(corpus, tmp_path):
+    """Python's end of the one waits for the others, and they for its part of a sum: the job would stand still for five minutes."""
+    jobs = start(tmp_path / "run", corpus, 16 * 1000, processes=2, devices=1)
+    while not list((tmp_path / "run").glob("trials/*/metrics.jsonl")):
+        assert all(job.poll() is None for job in jobs)
+        time.sleep(0.1)
+    jobs[1].send_signal(signal.SIGINT)
+    began = time.monotonic()
+    said = [job.communicate(timeout=200)[0] for job in jobs]
+    assert [job.returncode != 0 for job in jobs] == [True, True], said
+    assert "stopped" in said[1]
+    assert time.monotonic() - began < 150  # the others hear of it from JAX's service, by its heartbeats
+
+
+@pytest.mark.slow
 def test_a_process_killed_and_the_job_started_again(corpus, tmp_path):
     """The others of the job end by themselves, and the same command goes on: to the same bits on the same mesh, to rounding on another."""
     steps = 160

@@ -243,7 +243,8 @@ def test_every_family_learns(cfg, tmp_path, family, document_mask):
 
 
 @pytest.mark.parametrize(
-    "family", ["encoder_decoder", "seq2seq_rnn", pytest.param("transformer", marks=pytest.mark.slow)]
+    "family",
+    ["encoder_decoder", *(pytest.param(name, marks=pytest.mark.slow) for name in ("seq2seq_rnn", "transformer"))],
 )
 def test_families_with_an_encoder_learn_text(cfg, tmp_path, family):
     """On the same rows and targets as others: the encoder reads the first tokens, and generation takes prompts of any length."""
@@ -256,7 +257,9 @@ def test_families_with_an_encoder_learn_text(cfg, tmp_path, family):
         assert len(text) > 0
 
 
-@pytest.mark.parametrize("family", ["encoder_decoder", "seq2seq_rnn", pytest.param("lstm", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "family", ["encoder_decoder", *(pytest.param(name, marks=pytest.mark.slow) for name in ("seq2seq_rnn", "lstm"))]
+)
 def test_pairs_are_learned(tmp_path, family):
     """A task that only the source solves: its first letter, written in capitals. Without it one in ten would be right."""
     letters = "абвгдежзик"

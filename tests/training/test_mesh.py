@@ -183,6 +183,7 @@ def test_devices_without_rows_stay_idle():
         meshes.sizes(config(tokens_per_step=7 * CONTEXT), 4, all_of_them=True)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_on_another_mesh(tiny, tmp_path):
     """Machines come back with other devices: a checkpoint of any mesh loads on any, and the next step reads the next rows."""
     cfg = override(tiny, {"model.num_heads": 2, "train.tokens": 256 * 24, "train.tokens_per_step": 256})

@@ -65,6 +65,7 @@ def test_bf16_logits_are_scored_in_float32():
     assert float(nll[0, 0]) == pytest.approx(np.log(1000), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_accumulated_microbatches_equal_one_batch():
     """Also where rows weigh unequally: the sums are divided once, at the end (the mean of means is a known bug of trainers)."""
     data = batches(1, 8)["tokens"][0]
