@@ -80,7 +80,7 @@ def assert_agrees(cfg: Config, tolerance: float = 2e-5):
 MESHES = {
     "data 8": (DENSE, Mesh()),
     "fsdp 4, tensor 2": (DENSE, Mesh(data=1, fsdp=4, tensor=2)),
-    "data 2, fsdp 2, sequence 2": (DENSE, Mesh(fsdp=2, sequence=2)),
+    "data 2, fsdp 2, sequence 2": pytest.param(DENSE, Mesh(fsdp=2, sequence=2), marks=pytest.mark.slow),
     "data 2, expert 4": pytest.param(MIXED, Mesh(expert=4), marks=pytest.mark.slow),
     "fsdp 2, expert 2, tensor 2": (MIXED, Mesh(data=1, fsdp=-1, expert=2, tensor=2)),
 }
