@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from llm_jax.config import Config
 from llm_jax.settings import BadInput, did_you_mean, fingerprint
 from scaling.options import (
+    AotOptions,
     AttentionOptions,
     BacktestOptions,
     BenchFitOptions,
@@ -267,6 +268,22 @@ def bench_sweep(options: BenchSweepOptions) -> None:
     print(jsonlib.dumps(tables.finite(found)) if options.json else sweep_speed.describe(found))
 
 
+def aot(options: AotOptions) -> int:
+    """Compiles a training step for a TPU slice and prints what was found; 1 where it does not fit."""
+    from scaling import aot as ahead
+    from scaling import experiment as experiments
+    from scaling import hardware, tables
+
+    hardware.tpu_slice(options.topology)
+    ahead.prepare()
+    base, _ = chosen_experiment(options)
+    point = {"depth": options.depth} if options.depth is not None else {}
+    config = experiments.trial(base.config, base.ladder, point).config
+    found = ahead.aot(config, options.topology, options.quick)
+    print(jsonlib.dumps(tables.finite(found)) if options.json else ahead.describe(found))
+    return 0 if found["fits"] else 1
+
+
 def report(options: ReportOptions) -> None:
     """Writes the report and prints its summary and its path."""
     from scaling import content
@@ -379,7 +396,7 @@ def attention(options: AttentionOptions) -> None:
     print(jsonlib.dumps({"trial": trial.id, "prompt": options.prompt, "figure": str(out), "maps": shown}))
 
 
-VERBS: dict[str, tuple[Any, Callable[[Any], None]]] = {
+VERBS: dict[str, tuple[Any, Callable[[Any], int | None]]] = {
     "train": (TrainOptions, train),
     "sweep": (SweepOptions, sweep),
     "status": (StatusOptions, status),
@@ -392,6 +409,7 @@ VERBS: dict[str, tuple[Any, Callable[[Any], None]]] = {
     "bench fit": (BenchFitOptions, bench_fit),
     "bench train": (BenchTrainOptions, bench_train),
     "bench sweep": (BenchSweepOptions, bench_sweep),
+    "aot": (AotOptions, aot),
     "report": (ReportOptions, report),
     "data": (DataOptions, data),
     "explain": (ExplainOptions, explain),
@@ -413,7 +431,7 @@ def _usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a verb. Returns the exit status: 0, 2 for bad input, 130 when interrupted, 141 for a closed pipe."""
+    """Runs a verb. Returns the exit status: 0, 1 for what does not fit, 2 for bad input, 130 when interrupted, 141 for a closed pipe."""
     words = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):  # a terminal that cannot draw a letter is no reason to stop
         if isinstance(stream, io.TextIOWrapper):
@@ -434,7 +452,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name not in VERBS:
             raise BadInput(f'"{name}" is no verb{did_you_mean(name, VERBS)}')
         kind, verb = VERBS[name]
-        verb(parse(kind, words[len(name.split()) :], name))
+        return verb(parse(kind, words[len(name.split()) :], name)) or 0
     except BadInput as error:
         print(f"llm-jax: {error}", file=sys.stderr)
         return 2
