@@ -1,6 +1,6 @@
 """1.7 billion parameters on 256 TPU v5e chips.
 
-    llm-jax aot experiments/tpu/dense_1b7.py --topology v5e:16x16
+llm-jax aot experiments/tpu/dense_1b7.py --topology v5e:16x16
 """
 
 from llm_jax.config import Data, Mesh, Model, Train

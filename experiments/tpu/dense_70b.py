@@ -1,6 +1,6 @@
 """70 billion parameters, of the shape of Llama 3 70B (Grattafiori et al. 2024, Table 3), on 256 TPU v5p chips, sold as v5p-512.
 
-    llm-jax aot experiments/tpu/dense_70b.py --topology v5p:4x8x8
+llm-jax aot experiments/tpu/dense_70b.py --topology v5p:4x8x8
 """
 
 from llm_jax.config import Data, Mesh, Model, Train
@@ -24,5 +24,6 @@ experiment = Experiment(
     ),
     data=Data(source="tfds:c4/en", tokenizer="bpe", context=8192),
     train=Train(tokens_per_step=2**22),
-    mesh=Mesh(fsdp=256),
+    # 128 columns of a matrix a device, as in dense_8b.py.
+    mesh=Mesh(fsdp=64),
 )

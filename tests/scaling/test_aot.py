@@ -182,15 +182,22 @@ def libtpu(monkeypatch):
     for name, value in aot.ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(aot, "prepare", lambda: None)
+    jax.config.update("jax_exec_time_optimization_effort", -1.0)
     with jax.numpy_dtype_promotion("standard"):
         yield
+    jax.config.update("jax_exec_time_optimization_effort", 0.0)
 
 
 @needs_libtpu
 @needs_devices
 @pytest.mark.parametrize(
     ("model", "mesh"),
-    [(MODEL, Mesh(fsdp=4)), (MODEL, Mesh(fsdp=2, tensor=2)), (MIXED, Mesh(fsdp=2)), (MIXED, Mesh(expert=4))],
+    [
+        (MODEL, Mesh(fsdp=4)),
+        pytest.param(MODEL, Mesh(fsdp=2, tensor=2), marks=pytest.mark.slow),
+        pytest.param(MIXED, Mesh(fsdp=2), marks=pytest.mark.slow),
+        pytest.param(MIXED, Mesh(expert=4), marks=pytest.mark.slow),
+    ],
 )
 def test_a_tpus_program_takes_what_a_cpus_takes(model, mesh, libtpu):
     """Shapes, types and shardings of all arguments: a run on a slice is fed as a run here is."""
@@ -210,6 +217,7 @@ def test_a_tpus_program_takes_what_a_cpus_takes(model, mesh, libtpu):
 
 
 @needs_libtpu
+@pytest.mark.slow
 def test_aot_tells_what_fits(libtpu, tmp_path, capsys):
     """The whole verb, and a batch that does not fit: exit status 1, and overrides with which it does."""
     path = tmp_path / "small.py"
