@@ -279,6 +279,16 @@ def aot(options: AotOptions) -> int:
     base, _ = chosen_experiment(options)
     point = {"depth": options.depth} if options.depth is not None else {}
     config = experiments.trial(base.config, base.ladder, point).config
+    if options.find:
+        from scaling import mesh_search
+        from scaling.progress import progress
+
+        with progress("aot", options.tries, " programs") as update:
+            best = mesh_search.find(
+                config, options.topology, options.batches, options.tries, lambda done, _, what: update(done, what)
+            )
+        print(jsonlib.dumps(tables.finite(best)) if options.json else mesh_search.describe(best))
+        return 0 if best["best"] else 1
     found = ahead.aot(config, options.topology, options.quick)
     print(jsonlib.dumps(tables.finite(found)) if options.json else ahead.describe(found))
     return 0 if found["fits"] else 1

@@ -216,6 +216,12 @@ class AotOptions:
     """Rung of the experiment's ladder; default: the base config, which no trial need have."""
     quick: bool = False
     """Compile with the least effort: several times faster, and memory differs by a few percent."""
+    find: bool = False
+    """Search meshes, microbatches and model.recompute for the fastest that fits; the best by a reckoning are compiled."""
+    batches: tuple[int, ...] = ()
+    """Tokens a step to search too, in place of the experiment's train.tokens_per_step."""
+    tries: int = 3
+    """Of --find: programs that fit, after which it stops."""
     json: Json = False
 
 

@@ -14,9 +14,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from llm_jax import ladder
 from llm_jax.config import Config, Data, Experts, Mesh, Model, Train
 from llm_jax.data import prepare
+from llm_jax.settings import BadInput
 from llm_jax.training import ahead, loop
 from llm_jax.training import mesh as meshes
-from scaling import aot, cli, footprint, hlo
+from scaling import aot, cli, footprint, hardware, hlo, mesh_search
 
 needs_devices = pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
 needs_libtpu = pytest.mark.skipif(
@@ -237,3 +238,29 @@ def test_aot_tells_what_fits(libtpu, tmp_path, capsys):
     assert not refused["fits"] and refused["peak_bytes"] > refused["hbm_bytes"]
     changes = [word for name, value in refused["advice"]["overrides"].items() for word in (f"--{name}", str(value))]
     assert cli.main([*words, "--train.tokens_per_step", str(2**27), *changes]) == 0
+
+
+def test_find_compiles_the_fastest_first_and_nothing_larger_than_what_did_not_fit(monkeypatch):
+    """Compiling takes a minute a program on a large slice: hundreds of candidates are ordered by a reckoning, few are compiled."""
+    cfg = config(replace(MODEL, num_layers=48, d_model=1024, num_heads=8, vocab_size=32_768), rows=1024)
+    cfg = replace(cfg, data=replace(cfg.data, tokenizer="bpe"))
+    compiled = []
+
+    def compiler(config, topology, quick):
+        reckoned = footprint.footprint(config, meshes.sizes(config, 16))
+        compiled.append(reckoned.memory)
+        rate = 1 / max(reckoned.seconds(hardware.SLICES["v5e"]).values())
+        return {"fits": len(compiled) > 1, "tokens_per_second": rate, "step_seconds_no_overlap": reckoned.memory}
+
+    monkeypatch.setattr(aot, "aot", compiler)
+    monkeypatch.setattr(aot, "devices", lambda topology: [None] * 16)
+    found = mesh_search.find(cfg, "v5e:4x4", tries=2)
+    assert len(compiled) == 3 and max(compiled[1:]) < compiled[0]
+    assert found["candidates"] > found["reckoned_to_fit"] > 3
+    assert found["best"] == max(found["tried"][1:], key=lambda one: one["tokens_per_second"])
+    assert found["best"]["overrides"]["train.tokens_per_step"] == 1024 * CONTEXT
+    every = list(mesh_search.candidates(cfg, 16, batches=[32 * CONTEXT, 64 * CONTEXT]))
+    assert {one.config.train.tokens_per_step for one in every} == {32 * CONTEXT, 64 * CONTEXT}
+    assert all(np.prod(list(one.sizes.values())) == 16 for one in every)
+    with pytest.raises(BadInput, match="no mesh of 16 devices divides 3 rows"):
+        mesh_search.find(replace(cfg, train=replace(cfg.train, tokens_per_step=3 * CONTEXT)), "v5e:4x4")
