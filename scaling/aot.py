@@ -2,7 +2,8 @@
 
 The compiler is the one that a TPU machine has, libtpu, and needs no TPU. Its word on memory is exact: a program that it compiles
 fits. Times are a roofline: the FLOPs of the products, the bytes that instructions move and those that devices exchange, each at the
-published rate of the chip. The longest is the least that a step can take, their sum what it takes where nothing overlaps; no chip was asked.
+published rate of the chip. The longest is the least that a step can take, their sum what it takes where nothing overlaps. No chip was
+asked.
 """
 
 from __future__ import annotations
@@ -108,8 +109,8 @@ def aot(cfg: Config, topology: str, quick: bool = False) -> dict[str, Any]:
         found |= {"fits": False, "compile_seconds": time.perf_counter() - began, "peak_bytes": None}
         found["said"] = str(error).splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ")
         if wanted := re.search(r"\(([\d.]+)([KMGT])\) exceeds", found["said"]):
-            temporaries = float(wanted[1]) * 2.0 ** {"K": 10, "M": 20, "G": 30, "T": 40}[wanted[2]]
-            found |= {"temporary_bytes": int(temporaries), "peak_bytes": int(temporaries + reckoned.state)}
+            # Of all that lives at the worst moment, arguments too: with the batch it grows as the peak of programs that fit.
+            found["peak_bytes"] = int(float(wanted[1]) * 2.0 ** {"K": 10, "M": 20, "G": 30, "T": 40}[wanted[2]])
         found["advice"] = advice(cfg, sizes, chip, topology, there)
         return found
     seconds = time.perf_counter() - began
