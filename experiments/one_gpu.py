@@ -1,7 +1,7 @@
 """A sweep for one GPU: five shapes of 1 to 36 million parameters at four budgets, on Python's own sources.
 
-    llm-jax sweep experiments/one_gpu.py
-    llm-jax bench sweep experiments/one_gpu.py --alone 5
+llm-jax sweep experiments/one_gpu.py
+llm-jax bench sweep experiments/one_gpu.py --alone 5
 
 """
 

@@ -18,13 +18,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_jax.config import Config
+from llm_jax.config import Config, Mesh
 from llm_jax.settings import BadInput, did_you_mean, fingerprint
 from scaling.options import (
     AotOptions,
     AttentionOptions,
     BacktestOptions,
+    BenchCompareOptions,
     BenchFitOptions,
+    BenchMoeOptions,
     BenchSweepOptions,
     BenchTrainOptions,
     CalibrateOptions,
@@ -49,15 +51,17 @@ if TYPE_CHECKING:
 
 def train(options: TrainOptions) -> None:
     """Trains one model in a run directory of one trial."""
+    from llm_jax.training import hosts
     from scaling import ledger
     from scaling.experiment import Experiment
 
     base, _ = chosen_experiment(options)
+    hosts.connect(options.coordinator, options.num_processes, options.process_id)
     alone = Experiment(base.model, base.data, base.train, base.mesh, base.ladder)
     name = f"{options.experiment.stem if options.experiment else 'default'}-train"
     folder = options.run or Path("runs") / f"{name}-{fingerprint(alone.config)}"
     _run_trials(folder, name, alone, "", options.json)
-    if not options.json:
+    if not options.json and hosts.first():
         row = ledger.rows(folder)[0]
         print(
             f"loss {row['loss']:.4f} ± {row['loss_se']:.4f} nats per token, {row['bits_per_byte']:.4f} bits per byte; {folder}"
@@ -66,6 +70,7 @@ def train(options: TrainOptions) -> None:
 
 def sweep(options: SweepOptions) -> None:
     """Trains every trial of an experiment that has no result yet, in this process and options.workers - 1 beside it."""
+    from llm_jax.training import hosts
     from scaling import experiment as experiments
 
     experiment, docstring = chosen_experiment(options)
@@ -76,11 +81,12 @@ def sweep(options: SweepOptions) -> None:
         rows = [{"id": one.id, **one.point, **one.counts} for one in experiments.trials(experiment)]
         _print_trials(rows, options.json)
         return
+    hosts.connect(options.coordinator, options.num_processes, options.process_id)
     _run_trials(folder, options.experiment.stem, experiment, docstring, options.json, options.workers)
 
 
 def _run_trials(folder: Path, name: str, experiment: Experiment, docstring: str, json: bool, workers: int = 1) -> None:
-    from llm_jax.training import initial
+    from llm_jax.training import hosts, initial
     from scaling import experiment as experiments
     from scaling import ledger
 
@@ -88,16 +94,27 @@ def _run_trials(folder: Path, name: str, experiment: Experiment, docstring: str,
     for trial in trials:
         if trial.config.train.init_from:
             initial.plan(trial.config)
+    if experiment.mesh != Mesh():  # which fits whatever there is
+        from llm_jax.training import mesh
+
+        for trial in trials:
+            mesh.check(trial.config)
     prepared = _prepare(experiment.config)
     ledger.create(folder, name, docstring, experiment, trials, prepared)
-    from scaling import launch  # loads JAX: only now that nothing was refused
+    import jax  # only now that nothing was refused
 
+    from scaling import launch
+
+    if workers > 1 and jax.process_count() > 1:
+        raise BadInput("--workers share one host; processes that train together are one worker: give --workers 1")
     others = launch.spawn_workers(folder, workers)
     try:
         launch.work(folder, prepared)
     finally:
         for other in others:
             other.wait()
+    if not hosts.first():
+        return
     asked = {trial.id for trial in trials}
     _print_trials([row for row in ledger.rows(folder) if row["id"] in asked], json)
 
@@ -252,12 +269,37 @@ def bench_fit(options: BenchFitOptions) -> None:
 def bench_train(options: BenchTrainOptions) -> None:
     """Times a training step and prints what was found."""
     from scaling import experiment as experiments
-    from scaling import tables, throughput
+    from scaling import peers, tables, throughput
 
+    checkouts = peers.parse(options.peer)
     base, _ = chosen_experiment(options)
     point = {"depth": options.depth} if options.depth is not None else {}
-    found = throughput.bench_train(experiments.trial(base.config, base.ladder, point).config)
-    print(jsonlib.dumps(tables.finite(found)) if options.json else throughput.describe(found))
+    config = experiments.trial(base.config, base.ladder, point).config
+    found = peers.bench(config, checkouts) if checkouts else throughput.bench_train(config)
+    describe = peers.describe if checkouts else throughput.describe
+    print(jsonlib.dumps(tables.finite(found)) if options.json else describe(found))
+
+
+def bench_moe(options: BenchMoeOptions) -> None:
+    """Times a mixture beside its dense twin and prints what was found."""
+    from llm_jax import ladder
+    from scaling import mixture, tables
+
+    base, _ = chosen_experiment(options)
+    said = options.experiment is not None or base.config != Config()
+    config = ladder.resolve(mixture.with_experts(base.config if said else mixture.default()))
+    found = mixture.bench_moe(config)
+    print(jsonlib.dumps(tables.finite(found)) if options.json else mixture.describe(found))
+
+
+def bench_compare(options: BenchCompareOptions) -> int:
+    """Runs the benches of a baseline and prints how they did. Returns 1 where one is slower."""
+    from scaling import baseline, tables
+
+    benches = [name.removeprefix("bench ") for name in VERBS if name.startswith("bench ") and name != "bench compare"]
+    found = baseline.compare(options.baseline, benches, options.write)
+    print(jsonlib.dumps(tables.finite(found)) if options.json else baseline.describe(found))
+    return 1 if found["regressed"] else 0
 
 
 def bench_sweep(options: BenchSweepOptions) -> None:
@@ -419,6 +461,8 @@ VERBS: dict[str, tuple[Any, Callable[[Any], int | None]]] = {
     "bench fit": (BenchFitOptions, bench_fit),
     "bench train": (BenchTrainOptions, bench_train),
     "bench sweep": (BenchSweepOptions, bench_sweep),
+    "bench moe": (BenchMoeOptions, bench_moe),
+    "bench compare": (BenchCompareOptions, bench_compare),
     "aot": (AotOptions, aot),
     "report": (ReportOptions, report),
     "data": (DataOptions, data),
@@ -436,12 +480,13 @@ def _usage() -> str:
         "",
     ]
     for name, (options, _) in VERBS.items():
-        lines.append(f"  {name:12}{(options.__doc__ or '').splitlines()[0]}")
+        lines.append(f"  {name:15}{(options.__doc__ or '').splitlines()[0]}")
     return "\n".join([*lines, "", "llm-jax VERB --help shows a verb's options."])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a verb. Returns the exit status: 0, 1 for what does not fit, 2 for bad input, 130 when interrupted, 141 for a closed pipe."""
+    """Runs a verb. Returns the exit status: 0, 1 where aot finds that a program does not fit or bench compare one slower, 2 for bad input,
+    130 when interrupted, 141 for a closed pipe."""
     words = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):  # a terminal that cannot draw a letter is no reason to stop
         if isinstance(stream, io.TextIOWrapper):

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from llm_jax import files
 from llm_jax.config import trunk_key
 from llm_jax.data.prepare import Prepared
-from llm_jax.training import initial, loop
+from llm_jax.training import hosts, initial, loop
 from llm_jax.training.optimizer import cooldown_start
 from scaling import ledger
 from scaling.experiment import Trial
@@ -58,6 +59,13 @@ def trunk_groups(trials: Sequence[Trial], prepared: Prepared) -> dict[str, list[
     return {key: sorted(group, key=lambda t: -t.config.num_steps) for key, group in groups.items() if len(group) > 1}
 
 
+@contextlib.contextmanager
+def claim(folder: Path, trial_id: str) -> Iterator[bool]:
+    """ledger.claim by the first of the processes that train together, for all of them."""
+    with ledger.claim(folder, trial_id) if hosts.first() else contextlib.nullcontext(False) as mine:
+        yield hosts.agreed(mine)
+
+
 def run_trial(folder: Path, trial: Trial, prepared: Prepared, branch_steps: Sequence[int], update: Callable) -> None:
     """Trains a claimed trial and records how it ended."""
     result = loop.train(
@@ -68,6 +76,8 @@ def run_trial(folder: Path, trial: Trial, prepared: Prepared, branch_steps: Sequ
         branch_steps=branch_steps,
         progress=update,
     )
+    if not hosts.first():
+        return
     ledger.record(folder, trial, prepared, result)
     if (said := ledger.trial_folder(folder, trial.id) / initial.FILE).exists():
         start = files.read_json(said)
@@ -98,16 +108,17 @@ def work(folder: Path, prepared: Prepared, start: float = 0.0) -> None:
     compiled = compile_ahead([t for t in order if ledger.status(folder, t.id) not in ledger.ENDED], prepared)
     with progress("sweep", total, "FLOP") as update:
         while True:
-            state = {trial.id: ledger.status(folder, trial.id) for trial in order}
+            state = hosts.agreed({trial.id: ledger.status(folder, trial.id) for trial in order})
             done = sum(t.counts["C_flops"] for t in order if state[t.id] in ledger.ENDED)
             left = [t for t in order if state[t.id] not in ledger.ENDED]
             if not left:
-                ledger.write_table(folder)  # again: another worker's last result may have come after our last table
+                if hosts.first():
+                    ledger.write_table(folder)  # again: another worker's last result may have come after our last table
                 return
             for trial in left:
                 if state.get(leader.get(trial.id, ""), "done") not in ledger.ENDED:
                     continue
-                with ledger.claim(folder, trial.id) as mine:
+                with claim(folder, trial.id) as mine:
                     if mine:
                         cost = trial.counts["C_flops"]
 

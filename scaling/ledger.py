@@ -191,8 +191,13 @@ def _hardware() -> str:
     devices = jax.local_devices()
     if devices[0].platform != "cpu":
         return f"{len(devices)} x {devices[0].device_kind} on {socket.gethostname()}"
+    return f"{processor()}, on {socket.gethostname()}"
+
+
+def processor() -> str:
+    """Model and cores of the CPU."""
     models = [line.split(":", 1)[1].strip() for line in _cpu_info() if line.startswith("model name")]
-    return f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores, on {socket.gethostname()}"
+    return f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores"
 
 
 def _cpu_info() -> list[str]:

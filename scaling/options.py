@@ -28,6 +28,13 @@ class TrainOptions:
     mesh: Mesh = Mesh()
     run: Path | None = None
     """The run directory; default runs/NAME-train. A run that was stopped goes on."""
+    coordinator: str | None = None
+    """HOST:PORT of the first of several processes that train together, one a host; not needed where Cloud TPU, Slurm (srun), Open MPI or
+    Kubernetes has started them. Each runs the same command but for --process_id."""
+    num_processes: int | None = None
+    """Of that job; 1 trains alone, whatever the launcher has started."""
+    process_id: int | None = None
+    """Of this one, from 0."""
     json: Json = False
 
 
@@ -49,6 +56,13 @@ class SweepOptions:
     """Processes that train beside each other."""
     dry_run: bool = False
     """List the trials and stop."""
+    coordinator: str | None = None
+    """HOST:PORT of the first of several processes that train together, one a host; not needed where Cloud TPU, Slurm (srun), Open MPI or
+    Kubernetes has started them. Each runs the same command but for --process_id."""
+    num_processes: int | None = None
+    """Of that job; 1 trains alone, whatever the launcher has started."""
+    process_id: int | None = None
+    """Of this one, from 0."""
     json: Json = False
 
 
@@ -198,6 +212,32 @@ class BenchTrainOptions:
     mesh: Mesh = Mesh()
     depth: float | None = None
     """Rung of the experiment's ladder; default: the base config, which no trial need have."""
+    peer: UseAppendAction[tuple[str, ...]] = ()
+    """nanodo=CHECKOUT or nanogpt=CHECKOUT: also time that package's step on the same work, turn about; again for another."""
+    json: Json = False
+
+
+@dataclass(frozen=True)
+class BenchMoeOptions:
+    """Time the training step of a mixture of experts beside the dense model with as many active parameters.
+
+    Without any setting: 8 experts of half the MLP's width, 2 a token, on a GPU in GPT-2 small's shape with 32 rows a step.
+    """
+
+    experiment: Annotated[Positional[Path | None], arg(metavar="EXPERIMENT.py")] = None
+    model: Model = Model()
+    data: Data = Data()
+    train: Train = Train()
+    json: Json = False
+
+
+@dataclass(frozen=True)
+class BenchCompareOptions:
+    """Run the benches of a baseline again; exit status 1 where a ratio has fallen by more than 5 %."""
+
+    baseline: Annotated[Positional[Path], arg(metavar="BASELINE.json")]
+    write: bool = False
+    """Give the file the device and the values of this machine."""
     json: Json = False
 
 

@@ -3,20 +3,25 @@
 The call is that of the training loop, several optimizer steps with their metrics, on random tokens that are on the device before the
 clock starts. Model FLOPs are those that the model needs, whatever a program recomputes: 6 N a token, N the active parameters, and
 attention with the full square of positions, 12 L D S (Chowdhery et al. 2022, appendix B). A GPU is divided by the peak of its data
-sheet; a CPU has none, and is divided by what NumPy's product of two matrices reaches there.
+sheet; a CPU has none, and is divided by what NumPy's product of two matrices reaches there, which is timed turn about with the calls:
+a machine that others use is then slow for both.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 import statistics
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from llm_jax import parts
-from llm_jax.config import Config
+from llm_jax.config import Config, Mesh
 from llm_jax.settings import BadInput
+from scaling import ledger
 from scaling.hardware import PEAK_FLOPS
 
 ROUNDS, WARM_UP = 10, 2
@@ -24,48 +29,124 @@ ROUNDS, WARM_UP = 10, 2
 MATRIX = 1024
 """Side of NumPy's matrices."""
 
+Round = Callable[[], tuple[float, dict[str, Any]]]
+"""round_() -> (seconds a step of one call, the metrics of its steps, on the device). It returns when the device is done."""
+
 
 def bench_train(cfg: Config) -> dict[str, Any]:
-    """`llm-jax bench train`: the training step of a resolved config, as it would run in a trial of train.steps_per_call."""
+    """`llm-jax bench train`: the training step of a resolved config, as it would run in a trial of train.steps_per_call.
+
+    What is in it: see `record`. BadInput for a model that has no step, or one that random tokens are not enough for.
+    """
+    check(cfg)
+    facts, round_ = start(cfg)
+    for _ in range(WARM_UP):
+        round_()
+    rounds = [timed(round_) for _ in range(ROUNDS)]
+    return record(cfg, facts, rounds)
+
+
+def check(cfg: Config) -> None:
+    """Refuses what has no step to time."""
     if cfg.model.counted:
         raise BadInput(f"model.family={cfg.model.family} is counted, not trained: there is no step to time")
     if cfg.model.media.kind != "none":
-        raise BadInput("bench train has random tokens and no media; give model.media.kind=none")
+        raise BadInput("the benches have random tokens and no media; give model.media.kind=none")
+    if cfg.train.compile != "jit" or cfg.mesh != Mesh():
+        raise BadInput(
+            "the benches time one device, whatever others there are: leave mesh and train.compile at their defaults"
+        )
+
+
+def start(cfg: Config) -> tuple[dict[str, Any], Round]:
+    """What is known of a compiled training call before it is timed, and the call as a round."""
     import jax
 
     call, state, batches, rates, compile_seconds, size = _compiled(cfg)
-    seconds = []
-    for _ in range(WARM_UP + ROUNDS):
+
+    def round_() -> tuple[float, dict[str, Any]]:
+        nonlocal state
         began = time.perf_counter()
         state, metrics = call(state, batches, rates, np.int32(len(rates)))
-        loss = float(metrics["nll"][-1])  # waits for the whole call
-        seconds.append((time.perf_counter() - began) / len(rates))
-    step = statistics.median(seconds[WARM_UP:])
-    tokens, flops = cfg.rows_per_step * cfg.data.context, model_flops(cfg)
-    peak, whose = _peak(jax.devices()[0].device_kind)
-    return {
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-        "dtype": cfg.model.dtype,
+        float(metrics["nll"][-1])  # waits for the whole call
+        return (time.perf_counter() - began) / len(rates), metrics
+
+    facts = {
+        "device": device_name(),
+        "platform": jax.default_backend(),
+        "framework": f"jax {jax.__version__}",
         "n_params": parts.num_params(cfg.model),
+        "memory_bytes": size,
+        "compile_seconds": compile_seconds,
+    }
+    return facts, round_
+
+
+def timed(round_: Round) -> dict[str, Any]:
+    """One round as plain numbers: seconds a step, loss of the last one, and on a GPU the most bytes that the allocator has held in this
+    process; on a CPU seconds of NumPy's product after it, and for both the CPU time (of all threads) that they took."""
+    import jax
+
+    began = time.process_time()
+    seconds, metrics = round_()
+    cpu_seconds = (time.process_time() - began) / len(metrics["nll"])
+    found = {"seconds": seconds, "loss": float(metrics["nll"][-1])}
+    if jax.default_backend() != "cpu":
+        return found | {"allocated_bytes": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")}
+    numpy_seconds, numpy_cpu_seconds = _product_seconds()
+    return found | {
+        "cpu_seconds": cpu_seconds,
+        "numpy_seconds": numpy_seconds,
+        "numpy_cpu_seconds": numpy_cpu_seconds,
+    }
+
+
+def record(cfg: Config, facts: dict[str, Any], rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """`llm-jax bench train --json`: medians over rounds of `timed`.
+
+    seconds_per_step; tokens_per_second; mfu by flops_convention, over peak_flops (FLOP/s) that are those of peak_of; memory_bytes, what the
+    compiled program needs by its own analysis; allocated_bytes, the most that the allocator held, None on a CPU; compile_seconds.
+    On a CPU also cpu_seconds_per_step of the round that took least, and cpu_mfu, FLOPs a second of CPU time over those of NumPy's product,
+    each at its best round: what others on the machine take from either does not count. None on a GPU.
+    """
+    step = statistics.median(one["seconds"] for one in rounds)
+    tokens, flops = cfg.rows_per_step * cfg.data.context, model_flops(cfg)
+    peak, whose = _peak(facts["device"], [one["numpy_seconds"] for one in rounds if "numpy_seconds" in one])
+    cpu = min((one["cpu_seconds"] for one in rounds if "cpu_seconds" in one), default=None)
+    numpy_cpu = min((one["numpy_cpu_seconds"] for one in rounds if "numpy_cpu_seconds" in one), default=None)
+    return {
+        "device": facts["device"],
+        "framework": facts["framework"],
+        "dtype": cfg.model.dtype,
+        "n_params": facts["n_params"],
         "n_active": parts.num_params_active(cfg.model, cfg.data.context, cfg.data.prefix),
         "rows": cfg.rows_per_step,
         "context": cfg.data.context,
-        "steps_per_call": len(rates),
-        "rounds": ROUNDS,
+        "steps_per_call": cfg.train.steps_per_call,
+        "rounds": len(rounds),
         "seconds_per_step": step,
-        "fastest": min(seconds[WARM_UP:]),
-        "slowest": max(seconds[WARM_UP:]),
+        "fastest": min(one["seconds"] for one in rounds),
+        "slowest": max(one["seconds"] for one in rounds),
         "tokens_per_second": tokens / step,
         "flops_per_token": flops,
         "flops_convention": "6 N active + 12 L D S, attention in full",
         "peak_flops": peak,
         "peak_of": whose,
         "mfu": tokens * flops / step / peak,
-        "memory_bytes": size,
-        "compile_seconds": compile_seconds,
-        "loss": loss,
+        "cpu_seconds_per_step": cpu,
+        "cpu_mfu": tokens * flops / cpu / (2 * MATRIX**3 / numpy_cpu) if cpu and numpy_cpu else None,
+        "memory_bytes": facts["memory_bytes"],
+        "allocated_bytes": rounds[-1].get("allocated_bytes"),
+        "compile_seconds": facts["compile_seconds"],
+        "loss": rounds[-1]["loss"],
     }
+
+
+def device_name() -> str:
+    """The kind of the first device; of a CPU, which JAX calls "cpu" whatever it is, its model and cores."""
+    import jax
+
+    return ledger.processor() if jax.default_backend() == "cpu" else jax.devices()[0].device_kind
 
 
 def model_flops(cfg: Config) -> int:
@@ -95,35 +176,47 @@ def _compiled(cfg: Config):
     began = time.perf_counter()
     compiled = call.lower(state, batches, rates, np.int32(len(rates))).compile()
     seconds = time.perf_counter() - began
+    return compiled, state, batches, rates, seconds, needed_bytes(compiled)
+
+
+def needed_bytes(compiled: Any) -> int:
+    """What a compiled program holds while it runs, by its own analysis."""
     needs = compiled.memory_analysis()
     size = needs.temp_size_in_bytes + needs.argument_size_in_bytes + needs.output_size_in_bytes
-    return compiled, state, batches, rates, seconds, size - needs.alias_size_in_bytes
+    return size - needs.alias_size_in_bytes
 
 
-def _peak(device_kind: str) -> tuple[float, str]:
-    """FLOP/s to divide by, and whose they are."""
-    words = device_kind.lower().replace("-", " ").split()
+def _peak(device: str, product_seconds: Sequence[float]) -> tuple[float, str]:
+    """FLOP/s to divide by, and whose they are. NaN for a chip whose data sheet is not in scaling/hardware.py."""
+    if product_seconds:
+        return 2 * MATRIX**3 / statistics.median(product_seconds), f"NumPy, {MATRIX} x {MATRIX} float32"
+    words = device.lower().replace("-", " ").split()
     for chip in sorted(PEAK_FLOPS, key=len, reverse=True):
         if all(word in words for word in chip.split("-")):
             return PEAK_FLOPS[chip], f"{chip}, dense bf16 by its data sheet"
-    return _numpy_flops(), f"NumPy, {MATRIX} x {MATRIX} float32"
+    return math.nan, "a chip whose peak is not known here"
 
 
-def _numpy_flops() -> float:
-    """FLOP/s of the product of two float32 matrices, all cores."""
-    a, b = np.random.default_rng(0).standard_normal((2, MATRIX, MATRIX)).astype(np.float32)
-    seconds = []
-    for _ in range(WARM_UP + ROUNDS):
-        began = time.perf_counter()
-        a @ b
-        seconds.append(time.perf_counter() - began)
-    return 2 * MATRIX**3 / statistics.median(seconds[WARM_UP:])
+@functools.cache
+def _matrices() -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((2, MATRIX, MATRIX)).astype(np.float32)
+
+
+def _product_seconds() -> tuple[float, float]:
+    """Of NumPy's product of two float32 matrices: by the clock, and of the CPU; the second of two, as the first wakes its threads."""
+    a, b = _matrices()
+    a @ b
+    began, cpu_began = time.perf_counter(), time.process_time()
+    a @ b
+    return time.perf_counter() - began, time.process_time() - cpu_began
 
 
 def describe(found: dict[str, Any]) -> str:
     """The table for people."""
+    allocated = found["allocated_bytes"]
+    held = f"; {allocated / 2**30:.2f} GiB held by the allocator at most" if allocated else ""
     lines = [
-        f"{found['device']}, jax {found['jax']}, {found['dtype']}; N {found['n_params']:,}, active {found['n_active']:,}; "
+        f"{found['device']}, {found['framework']}, {found['dtype']}; N {found['n_params']:,}, active {found['n_active']:,}; "
         f"{found['rows']} rows of {found['context']:,} tokens a step",
         "",
         f"tokens a second  {found['tokens_per_second']:,.0f}",
@@ -131,7 +224,7 @@ def describe(found: dict[str, Any]) -> str:
         f" ({1e3 * found['fastest']:.3f} to {1e3 * found['slowest']:.3f})",
         f"utilisation      {100 * found['mfu']:.1f} % of {found['peak_flops'] / 1e12:,.3g} TFLOP/s ({found['peak_of']});"
         f" {found['flops_per_token']:,} FLOPs a token: {found['flops_convention']}",
-        f"memory           {found['memory_bytes'] / 2**30:.2f} GiB, by the compiled program",
+        f"memory           {found['memory_bytes'] / 2**30:.2f} GiB, by the compiled program{held}",
         f"compilation      {found['compile_seconds']:.1f} s",
     ]
     return "\n".join(lines)

@@ -7,7 +7,7 @@ to disk, so that pytest-xdist may run it in several processes.
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("NPROC", "16")  # jax < 0.12 deadlocks with more simulated devices than threads
+os.environ.setdefault("NPROC", "64")  # jax < 0.12 deadlocks where collectives of simulated devices hold all threads
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 

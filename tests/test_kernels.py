@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 
 from llm_jax import kernels
+from llm_jax.kernels import attention as documents
 from llm_jax.kernels import cross_entropy, norm, splash
 from llm_jax.models import attention
 from llm_jax.training import losses
 
 INTERPRET = jax.default_backend() == "cpu"
+H100 = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
 
 
@@ -96,39 +98,48 @@ def test_cross_entropy_and_its_gradient(vocab, label_smoothing, z_loss, dtype):
     assert not np.asarray(grad[0, 1], np.float32).any()
 
 
-@pytest.mark.parametrize("causal", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_attention_within_documents(causal):
-    """Forwards and by queries, keys and values, with documents that end anywhere, one that is a block and one token of another."""
-    dtype, (rows, length, heads, kv_heads, width) = (
-        ("float32", (2, 256, 2, 1, 40)) if INTERPRET else ("bfloat16", (4, 1024, 12, 4, 64))
-    )
-    q, k, v, grad = (
-        normal(seed, (rows, length, n, width), dtype) for seed, n in enumerate((heads, kv_heads, kv_heads, heads))
-    )
+@pytest.mark.parametrize(
+    ("causal", "window", "heads", "width"),
+    [
+        (True, None, (4, 2), 40),
+        pytest.param(True, 100, (2, 2), 64, marks=pytest.mark.slow),
+        pytest.param(False, None, (2, 2), 128, marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize("numbered", ["in order", "anyhow"])
+def test_attention_within_documents(causal, window, heads, width, numbered):
+    """Forwards and by queries, keys and values, with documents that end anywhere, one token alone, a length that fills no block, and ids
+    that come back: blocks are left out by what a block's ids say."""
+    dtype, rows, length = ("float32", 2, 200) if INTERPRET else ("bfloat16", 4, 1000)
+    shapes = ((rows, length, n, width) for n in (heads[0], heads[1], heads[1], heads[0]))
+    q, k, v, grad = (normal(seed, shape, dtype) for seed, shape in enumerate(shapes))
     ends = np.array([[0, 1, 128], [37, 90, length - 3]] * (rows // 2))
-    segments = jnp.asarray((np.arange(length)[None, :, None] >= ends[:, None, :]).sum(-1), jnp.int32)
+    ids = (np.arange(length)[None, :, None] >= ends[:, None, :]).sum(-1)
+    segments = jnp.asarray(ids if numbered == "in order" else ids % 2, jnp.int32)
 
     def through(attend, arrays):
         out, pull_back = jax.vjp(attend, *arrays)
         return out, *pull_back(grad.astype(out.dtype))
 
-    found = through(lambda q, k, v: attention.attend_segments(q, k, v, segments, causal, INTERPRET), (q, k, v))
+    kernel = through(lambda *qkv: documents.attend(*qkv, segments, causal, window, INTERPRET), (q, k, v))
     exact = (x.astype(jnp.float32) for x in (q, k, v))
-    wanted = through(lambda q, k, v: attention.attend_plain(q, k, v, segment_BxT=segments, causal=causal), exact)
-    for mine, plain in zip(found, wanted, strict=True):
+    mask = {"segment_BxT": segments, "causal": causal, "window": window}
+    wanted = through(lambda *qkv: attention.attend_plain(*qkv, **mask), exact)
+    for mine, plain in zip(kernel, wanted, strict=True):
+        assert mine.dtype == dtype
         assert relative(mine, plain) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize(
-    ("window", "causal", "documents"),
+    ("window", "causal", "packed"),
     [(None, True, True), (100, True, True), pytest.param(None, True, False, marks=pytest.mark.slow)],
 )
-def test_the_kernel_of_a_tpu_attends_as_the_plain_form_does(monkeypatch, window, causal, documents):
+def test_the_kernel_of_a_tpu_attends_as_the_plain_form_does(monkeypatch, window, causal, packed):
     """Forwards and backwards, over several blocks and documents of uneven lengths, two query heads a key head: no TPU is asked here, and
     a mask that is off by one would train on."""
     monkeypatch.setattr(splash, "BLOCKS", (128,))
     q, k, v, grad = (normal(seed, (1, 256, heads, 64)) for seed, heads in enumerate((2, 1, 1, 2)))
-    segment_BxT = jnp.asarray(np.repeat([0, 1, 2, 3], [100, 1, 27, 128])[None], jnp.int32) if documents else None
+    segment_BxT = jnp.asarray(np.repeat([0, 1, 2, 3], [100, 1, 27, 128])[None], jnp.int32) if packed else None
 
     def gradients(attend):
         y, back = jax.vjp(attend, q, k, v)
@@ -155,3 +166,61 @@ def test_kernels_are_those_of_the_devices_that_a_program_is_for():
         assert splash.serves(256, 256, 64)
         assert not splash.serves(256, 512, 64) and not splash.serves(200, 200, 64) and not splash.serves(256, 256, 32)
     assert kernels.platform() == jax.default_backend()
+
+
+def test_blocks_of_other_documents_are_left_out():
+    """What the kernel is for: of a row of short documents it reads each block's neighbours and not all blocks."""
+    ids = jnp.arange(512)[None] // 40
+    first, last = documents._reach(ids)
+    assert first.tolist() == [[0, 0, 1, 2, 3, 5, 5, 6]]
+    assert last.tolist() == [[1, 2, 3, 4, 4, 6, 7, 7]]
+    first, last = documents._reach(ids % 2)
+    assert first.tolist() == [8 * [0]]
+    assert last.tolist() == [8 * [7]]
+
+
+@pytest.mark.skipif(not INTERPRET, reason="programs are lowered for this backend anyway")
+def test_kernels_are_lowered_for_gpus_where_there_is_none(monkeypatch):
+    """Interpreted they may do what Triton cannot. This much of the way to a GPU needs none."""
+    bf16, ids = jnp.bfloat16, jax.ShapeDtypeStruct((2, 1000), jnp.int32)
+    q, k = (jax.ShapeDtypeStruct((2, 1000, heads, 40), bf16) for heads in (4, 2))
+    x, scale = jax.ShapeDtypeStruct((8, 100, 768), bf16), jax.ShapeDtypeStruct((768,), jnp.float32)
+    logits = jax.ShapeDtypeStruct((800, 50_304), bf16)
+
+    def step(q, k, ids, x, scale, logits):
+        def value(q, k, x, scale, logits):
+            same, branch = norm._forked(x, scale, "layernorm", False)
+            total, _ = cross_entropy.summed(logits, ids[0, :800], jnp.ones(800), 0.1, 1e-4)
+            attended = documents.attend(q, k, k, ids, True, 100)
+            return total + sum(y.astype(jnp.float32).sum() for y in (same, branch, attended))
+
+        return jax.grad(value, argnums=(0, 1, 2, 3, 4))(q, k, x, scale, logits)
+
+    absent = jax.sharding.AbstractMesh(
+        (1,), ("one",), abstract_device=H100
+    )  # from jax 0.12 on it must be said which GPU
+    with jax.sharding.use_abstract_mesh(absent):
+        lowered = jax.jit(step).trace(q, k, ids, x, scale, logits).lower(lowering_platforms=("cuda",)).as_text()
+    for name in ("cross_entropy", "layernorm_gradient", "forward_kernel", "queries_kernel", "keys_kernel"):
+        assert name in lowered
+
+
+@pytest.mark.skipif(INTERPRET, reason="cuDNN is for GPUs")
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize(
+    ("length", "window", "causal"), [(1024, None, True), (1000, None, True), (1024, 256, True), (1024, None, False)]
+)
+def test_cudnn_attention(length, window, causal, width, monkeypatch):
+    """Forwards and by queries, keys and values, at the shapes of training; a length that fills no block."""
+    shapes = ((4, length, heads, width) for heads in (12, 4, 4, 12))
+    q, k, v, grad = (normal(seed, shape, "bfloat16") for seed, shape in enumerate(shapes))
+
+    def through(attend, arrays):
+        out, pull_back = jax.vjp(lambda q, k, v: attend(q, k, v, window=window, causal=causal), *arrays)
+        return out, *pull_back(grad.astype(out.dtype))
+
+    wanted = through(attention.attend_plain, (x.astype(jnp.float32) for x in (q, k, v)))
+    monkeypatch.setattr(kernels, "used", lambda: True)
+    for mine, plain in zip(through(attention.attend, (q, k, v)), wanted, strict=True):
+        assert mine.dtype == jnp.bfloat16
+        assert relative(mine, plain) < TOLERANCE["bfloat16"]

@@ -1,5 +1,6 @@
 """Kernels for GPUs, written in Pallas for Triton, of what XLA does with more passes over memory than are needed.
 
+jax 0.12 says that this backend of Pallas will go, in favour of Mosaic's, which serves Hopper and later alone; hence jax<0.13 in setup.cfg.
 Each has its plain form beside it, which every other backend runs and which tests hold the kernel to, interpreted on a CPU.
 """
 

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.gpu.attention import BlockSizes, mha
 from jax.sharding import PartitionSpec
 
 from llm_jax import axes, kernels
+from llm_jax.kernels import attention as documents
 from llm_jax.kernels import splash
 from llm_jax.parts import in_blocks
-
-BLOCK = 128
-BLOCKS = BlockSizes(BLOCK, BLOCK, *4 * (64,))
-"""Of the kernel that tells documents apart: queries and keys that a program holds, forwards and backwards."""
 
 
 def attention_mask(
@@ -62,7 +58,7 @@ def attend(
     Causal unless told otherwise; `attention_mask` says who sees whom.
 
     cuDNN's kernel has no mask but causality and a window: given a mask as an array it is three times slower. So documents are told
-    apart by a kernel of Pallas. Where neither serves, a window that divides a longer row is computed in blocks. On a mesh each device
+    apart by a kernel of ours. Where neither serves, a window that divides a longer row is computed in blocks. On a mesh each device
     attends for its own rows, heads and queries.
     """
     if axes.mesh().empty:
@@ -93,8 +89,8 @@ def _attend(q_BxTxNxH, k_BxSxKxH, v_BxSxKxH, segment_BxT, visible_BxS, offset, *
         return jax.nn.dot_product_attention(
             q, k_BxSxKxH, v_BxSxKxH, is_causal=causal, local_window_size=sees, implementation="cudnn"
         )
-    if fits and segment_BxT is not None and not window and queries == k_BxSxKxH.shape[1] and queries % BLOCK == 0:
-        return attend_segments(q, k_BxSxKxH, v_BxSxKxH, segment_BxT, causal)
+    if fits and segment_BxT is not None and queries == k_BxSxKxH.shape[1]:
+        return documents.attend(q, k_BxSxKxH, v_BxSxKxH, segment_BxT, causal, window)
     if window and causal and not offset_or_visible and in_blocks(window, queries):
         return attend_window(q, k_BxSxKxH, v_BxSxKxH, window=window, segment_BxT=segment_BxT)
     return attend_plain(
@@ -107,20 +103,6 @@ def _attend(q_BxTxNxH, k_BxSxKxH, v_BxSxKxH, segment_BxT, visible_BxS, offset, *
         causal=causal,
         visible_BxS=visible_BxS,
     )
-
-
-def attend_segments(
-    q_BxTxNxH: jax.Array,
-    k_BxTxKxH: jax.Array,
-    v_BxTxKxH: jax.Array,
-    segment_BxT: jax.Array,
-    causal: bool,
-    interpret: bool = False,
-) -> jax.Array:
-    """As `attend` with documents, T a multiple of BLOCK: never a TxT array in memory (Dao et al. 2022)."""
-    q, heads, width = q_BxTxNxH, q_BxTxNxH.shape[2], q_BxTxNxH.shape[3]
-    k, v = (jnp.repeat(x, heads // x.shape[2], axis=2) for x in (k_BxTxKxH, v_BxTxKxH))
-    return mha(q, k, v, segment_BxT, sm_scale=width**-0.5, causal=causal, block_sizes=BLOCKS, interpret=interpret)
 
 
 def attend_plain(

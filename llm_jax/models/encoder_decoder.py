@@ -20,7 +20,7 @@ from flax import linen as nn
 
 from llm_jax.config import Model
 from llm_jax.models.attention import attend
-from llm_jax.models.layers import Norm, normal, normal_out, project
+from llm_jax.models.layers import Norm, lookup, normal, normal_out, project
 from llm_jax.models.transformer import MLP, Attention, Block, keep_for_maps, positions, rotation, sinusoids
 
 Params = Any
@@ -119,9 +119,9 @@ class EncoderDecoder(nn.Module):
         dropout = nn.Dropout(cfg.dropout, deterministic=not self.train)
 
         def embedded(tokens_BxT, position_BxT):
-            x_BxTxD = embed_VxD.astype(dtype)[tokens_BxT] * dtype.type(cfg.d_model**0.5)
+            x_BxTxD = lookup(embed_VxD, tokens_BxT, dtype) * dtype.type(cfg.d_model**0.5)
             if table is not None:
-                x_BxTxD += table.astype(dtype)[position_BxT] * dtype.type(cfg.d_model**0.5)
+                x_BxTxD += lookup(table, position_BxT, dtype) * dtype.type(cfg.d_model**0.5)
             elif cfg.positions == "sinusoidal":
                 x_BxTxD += sinusoids(position_BxT, cfg.d_model).astype(dtype)
             angles = rotation(position_BxT, cfg) if cfg.positions == "rotary" else None

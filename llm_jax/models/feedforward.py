@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from llm_jax.config import Model
-from llm_jax.models.layers import normal, project
+from llm_jax.models.layers import lookup, normal, project
 
 Params = Any
 NOTHING = -1
@@ -54,7 +54,7 @@ class FeedForward(nn.Module):
             padded_Bx_ = jnp.pad(segment_BxT, ((0, 0), (seen - 1, 0)), mode="edge")
             segment_BxTxO = jnp.stack([padded_Bx_[:, k : k + length] for k in reversed(range(seen))], axis=2)
             context_BxTxO = jnp.where(segment_BxTxO == segment_BxT[:, :, None], context_BxTxO, NOTHING)
-        x_BxTxOxD = embed_VxD.astype(dtype)[context_BxTxO] * dtype.type(cfg.d_model**0.5)
+        x_BxTxOxD = lookup(embed_VxD, context_BxTxO, dtype) * dtype.type(cfg.d_model**0.5)
         x_BxTxOxD = jnp.where((context_BxTxO != NOTHING)[..., None], x_BxTxOxD, dtype.type(0))
         dropout = nn.Dropout(cfg.dropout, deterministic=not self.train)
         x_BxTxOxD = dropout(x_BxTxOxD)

@@ -41,6 +41,12 @@ class Norm(nn.Module):
         return (norm.fork if fork else norm.norm)(x, scale, self.kind)
 
 
+def lookup(table_VxD: jax.Array, index: jax.Array, dtype: Any) -> jax.Array:
+    """Rows of an embedding, in `dtype`. Cast behind the look-up: the gradient of a row adds up over all its places in a batch, and a sum in
+    bfloat16 loses what is less than a 512th of it."""
+    return table_VxD[index].astype(dtype)
+
+
 def project(x: jax.Array, kernel: jax.Array, num_in: int = 1) -> jax.Array:
     """The last `num_in` dimensions of x against the first of the kernel: x[..., in] kernel[in, out] -> [..., out].
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from llm_jax.config import Model
-from llm_jax.models.layers import Norm, normal, project
+from llm_jax.models.layers import Norm, lookup, normal, project
 
 Params = Any
 State = Any
@@ -144,7 +144,7 @@ class Recurrent(nn.Module):
     def __call__(self, tokens_BxT: jax.Array, segment_BxT: jax.Array | None, cache: Cache | None):
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
         embed_VxD: Any = self.param("embed", normal(("vocab", "embed"), cfg.d_model), (cfg.vocab_size, cfg.d_model))
-        x_TxBxD = embed_VxD.astype(dtype)[tokens_BxT.T] * dtype.type(cfg.d_model**0.5)
+        x_TxBxD = lookup(embed_VxD, tokens_BxT.T, dtype) * dtype.type(cfg.d_model**0.5)
         x_TxBxD = nn.Dropout(cfg.dropout, deterministic=not self.train)(x_TxBxD)
         state = cache or init_cache(cfg, tokens_BxT.shape[0], 0)
         layers = nn.scan(

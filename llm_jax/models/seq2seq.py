@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from llm_jax.config import Model
-from llm_jax.models.layers import Norm, normal, project
+from llm_jax.models.layers import Norm, lookup, normal, project
 from llm_jax.models.recurrent import Layer, document_starts, forget_bias, lstm_cell, orthogonal, unroll
 
 Params = Any
@@ -145,7 +145,7 @@ class Seq2Seq(nn.Module):
         dropout = nn.Dropout(cfg.dropout, deterministic=not self.train)
 
         def embedded(tokens_BxT):
-            return dropout(embed_VxD.astype(dtype)[tokens_BxT.T] * dtype.type(width**0.5))
+            return dropout(lookup(embed_VxD, tokens_BxT.T, dtype) * dtype.type(width**0.5))
 
         def stack(layer, layers: int, name: str, in_axes):
             return nn.scan(

@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from llm_jax import axes
 from llm_jax.config import Model
 from llm_jax.models.attention import attend
-from llm_jax.models.layers import Norm, activate, normal, normal_out, project
+from llm_jax.models.layers import Norm, activate, lookup, normal, normal_out, project
 from llm_jax.models.moe import Mixture
 
 Params = Any
@@ -199,14 +199,14 @@ class Transformer(nn.Module):
             visible_BxS = jnp.arange(cache.k_LxBxSxKxH.shape[2])[None, :] >= start_B[:, None]
         angles = rotation(positions_BxT, cfg) if cfg.positions == "rotary" else None
         # The tied matrix has variance 1/D for the logits; sqrt(D) lifts the input to 1 (Vaswani et al. 2017, 3.4).
-        table_VxD = axes.constrain(embed_VxD.astype(dtype), "vocab", None)
-        x_BxTxD = table_VxD[tokens_BxT] * dtype.type(cfg.d_model**0.5)
+        table_VxD = axes.constrain(embed_VxD, "vocab", None)
+        x_BxTxD = lookup(table_VxD, tokens_BxT, dtype) * dtype.type(cfg.d_model**0.5)
         if place is not None:
             x_BxTxD = place(x_BxTxD)
         if cfg.positions == "learned":
             shape = (cfg.max_context, cfg.d_model)
             table_TxD = self.param("positions", normal(("positions", "embed"), cfg.d_model), shape)
-            x_BxTxD += table_TxD.astype(dtype)[positions_BxT] * dtype.type(cfg.d_model**0.5)
+            x_BxTxD += lookup(table_TxD, positions_BxT, dtype) * dtype.type(cfg.d_model**0.5)
         elif cfg.positions == "sinusoidal":
             x_BxTxD += sinusoids(positions_BxT, cfg.d_model).astype(dtype)
         x_BxTxD = axes.constrain(x_BxTxD, "rows", "sequence", None)

@@ -9,6 +9,8 @@ import jax
 import orbax.checkpoint as ocp
 from absl import logging
 
+from llm_jax.training import hosts
+
 logging.set_verbosity(logging.ERROR)  # Orbax reports every file
 
 
@@ -22,8 +24,8 @@ class Checkpoints:
         )
 
     def steps(self) -> list[int]:
-        """Those saved whole, ascending."""
-        return sorted(self._manager.all_steps())
+        """Those saved whole, ascending, as the first of several processes sees them."""
+        return hosts.agreed(sorted(self._manager.all_steps()))
 
     def save(self, step: int, state: Any) -> None:
         """Copies the state to the host before it returns; writes behind. Every process writes its own part."""

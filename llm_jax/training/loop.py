@@ -20,7 +20,8 @@ from llm_jax.config import Config, Model, Train, trunk_key
 from llm_jax.data import pipeline
 from llm_jax.data.prepare import Prepared
 from llm_jax.models import families, ngram
-from llm_jax.training import initial, pretrain
+from llm_jax.settings import BadInput
+from llm_jax.training import hosts, initial, pretrain
 from llm_jax.training import mesh as meshes
 from llm_jax.training.checkpoint import Checkpoints
 from llm_jax.training.metrics import Metrics
@@ -100,19 +101,19 @@ def _compiled_init(model: Model, mesh: Mesh | None = None):
 
 
 def compile_ahead(cfg: Config, prepared: Prepared) -> None:
-    """Compiles what `train` runs for a resolved `cfg` on all devices of this process, without running it; `train` then compiles none of it
-    again. Any thread may."""
-    mesh, data = meshes.make(cfg), cfg.data
-    call, _ = compiled_call(cfg.model, program(cfg.train), data.prefix, mesh)
+    """Compiles what `train` runs for a resolved `cfg`, without running it; `train` then compiles none of it again. Any thread may."""
+    mesh = meshes.make(cfg)
+    call, _ = compiled_call(cfg.model, program(cfg.train), cfg.data.prefix, mesh)
     _compiled_init(cfg.model, mesh).lower(jax.random.key(0)).compile()
-    shapes = abstract_state(cfg.model, program(cfg.train))
-    state = meshes.with_shardings(shapes, meshes.state_shardings(mesh, cfg.model, shapes))
-    first = next(pipeline.train_iterator(prepared, data.context, cfg.rows_per_step, data.shuffle_seed))
+    state = abstract_state(cfg.model, program(cfg.train))
+    state = meshes.with_shardings(state, meshes.state_shardings(mesh, cfg.model, state))
+    first = next(pipeline.train_iterator(prepared, cfg.data.context, cfg.rows_per_step, cfg.data.shuffle_seed))
     rows_C = _stack([first], cfg.train.steps_per_call)
-    batches = pretrain.make_batch(rows_C["tokens"], prepared.tokenizer(), data, rows_C.get("media"))
-    call.lower(state, batches, np.zeros(cfg.train.steps_per_call, np.float32), 1).compile()
-    held_out = pipeline.eval_set(prepared, data.context, data.eval_tokens)
-    pretrain.compile_evaluation(cfg.model, state.params, held_out, prepared.tokenizer(), data, mesh)
+    batches = pretrain.make_batch(rows_C["tokens"], prepared.tokenizer(), cfg.data, rows_C.get("media"))
+    if cfg.train.compile == "jit":
+        call.lower(state, batches, np.zeros(cfg.train.steps_per_call, np.float32), 1).compile()
+    held_out = pipeline.eval_set(prepared, cfg.data.context, cfg.data.eval_tokens)
+    pretrain.compile_evaluation(cfg.model, state.params, held_out, prepared.tokenizer(), cfg.data, mesh)
 
 
 def programs(cfg: Config) -> tuple[Any, ...]:
@@ -152,10 +153,11 @@ def train(
     if cfg.model.counted:
         return _count(cfg, prepared, read(), _evaluation(cfg, prepared), folder, progress)
     mesh = meshes.make(cfg, devices)
+    if cfg.train.compile == "pmap" and jax.process_count() > 1:
+        raise BadInput("train.compile=pmap is of one process; several train with train.compile=jit")
     evaluate = _evaluation(cfg, prepared, mesh)
     call, init_opt = compiled_call(cfg.model, program(cfg.train), cfg.data.prefix, mesh)
-    params = _compiled_init(cfg.model, mesh)(jax.random.key(cfg.train.seed))
-    state = _placed(init_state(params, init_opt, cfg.train.seed), cfg.model, mesh)
+    state = first_state(cfg, mesh, init_opt)
     tokenizer = prepared.tokenizer()
     with contextlib.ExitStack() as stack:  # whatever ends the run, a save under way is finished first
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(folder / "checkpoints")))
@@ -170,20 +172,24 @@ def train(
         elif trunk and (past := [step for step in trunk.steps() if step <= cooldown_start(cfg.train, num_steps)]):
             first_step = past[-1]
             state = trunk.restore(first_step, state)
-            files.write_json(folder / "start.json", {"first_step": first_step})
+            if hosts.first():
+                files.write_json(folder / "start.json", {"first_step": first_step})
         elif cfg.train.init_from:
             source, said = initial.plan(cfg, prepared.tokenizer_sha256)
-            params = initial.take(params, jax.device_get(load_params(source.config, source.folder)), said["taken"])
+            params = initial.take(
+                state.params, jax.device_get(load_params(source.config, source.folder)), said["taken"]
+            )
             params = _placed(params, cfg.model, mesh)
             state = _placed(init_state(params, init_opt, cfg.train.seed), cfg.model, mesh)
-            files.write_json(folder / initial.FILE, {"from": str(source.folder), **said})
+            if hosts.first():
+                files.write_json(folder / initial.FILE, {"from": str(source.folder), **said})
 
         step = int(state.step)
         iterator = read(meshes.rows_here(mesh, cfg.rows_per_step), step)
         whole = one_replica if cfg.train.compile == "pmap" else lambda state: state
         if cfg.train.compile == "pmap":
             state = replicate(state, list(mesh.devices.flat))
-        metrics = stack.enter_context(contextlib.closing(Metrics(folder, step)))
+        metrics = stack.enter_context(contextlib.closing(Metrics(folder, step, hosts.first())))
         branch_steps = [s for s in branch_steps if trunk and s not in trunk.steps()]
         stops = sorted({num_steps, *branch_steps} - {0})
         pending: tuple[int, int, Any] | None = None
@@ -237,6 +243,12 @@ def _stack(batches: Sequence[dict[str, np.ndarray]], length: int) -> dict[str, n
     return stacked
 
 
+def first_state(cfg: Config, mesh: Mesh, init_opt: Callable[[Any], Any]) -> TrainState:
+    """The state before the first step, each device making its own part."""
+    params = _compiled_init(cfg.model, mesh)(jax.random.key(cfg.train.seed))
+    return _placed(init_state(params, init_opt, cfg.train.seed), cfg.model, mesh)
+
+
 def _placed(tree: Any, model: Model, mesh: Mesh) -> Any:
     """Parameters or a state, where they belong on the mesh."""
     return jax.device_put(tree, meshes.state_shardings(mesh, model, tree))
@@ -262,11 +274,12 @@ def _count(cfg: Config, prepared: Prepared, iterator, evaluate, folder: Path, pr
     started = time.perf_counter()
     tokens_RxT = np.concatenate([next(iterator)["tokens"] for _ in range(cfg.num_steps)])
     params = ngram.count(cfg.model, tokens_RxT, prepared.tokenizer().bos if cfg.data.document_mask else None)
-    folder.mkdir(parents=True, exist_ok=True)
-    ngram.save(params, folder / COUNTS)
+    if hosts.first():
+        folder.mkdir(parents=True, exist_ok=True)
+        ngram.save(params, folder / COUNTS)
     seconds = time.perf_counter() - started
     evaluation = evaluate(params=params)
-    with contextlib.closing(Metrics(folder, 0)) as metrics:
+    with contextlib.closing(Metrics(folder, 0, hosts.first())) as metrics:
         metrics.write_evaluation(cfg.num_steps, cfg, evaluation)
     progress(cfg.num_steps, cfg.num_steps, evaluation.loss)
     return Result(

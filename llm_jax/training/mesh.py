@@ -21,7 +21,6 @@ from dataclasses import asdict
 from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -63,6 +62,12 @@ def sizes(cfg: Config, count: int, all_of_them: bool = False) -> dict[str, int]:
         )
     cfg.check_mesh(found)
     return found
+
+
+def check(cfg: Config) -> None:
+    """Raises BadInput where `make` would."""
+    if not cfg.model.counted:
+        sizes(cfg, jax.device_count(), jax.process_count() > 1)
 
 
 def make(cfg: Config, devices: Sequence[Any] | None = None) -> Mesh:
@@ -135,9 +140,9 @@ def with_shardings(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
 
 
-def put(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """An array that every process has whole, of which each device gets its part."""
-    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+def spread(tree: Any, sharding: NamedSharding) -> Any:
+    """Arrays that every process has whole, of which each device gets its part."""
+    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), tree)
 
 
 def joined(batches: Any, mesh: Mesh, rows: int) -> Any:

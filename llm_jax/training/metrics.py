@@ -17,11 +17,18 @@ if TYPE_CHECKING:  # loads JAX; reading metrics does without
 
 
 class Metrics:
-    """Appends to metrics.jsonl and to TensorBoard's events; a restart at `step` drops the lines that it will write again."""
+    """Appends to metrics.jsonl and to TensorBoard's events; a restart at `step` drops the lines that it will write again.
 
-    def __init__(self, folder: Path, step: int):
+    Of several processes that train together only the first `writes`.
+    """
+
+    def __init__(self, folder: Path, step: int, writes: bool = True):
         from tensorboardX import SummaryWriter
 
+        self.last_loss = math.nan
+        self._writes = writes
+        if not writes:
+            return
         path = folder / "metrics.jsonl"
         kept = []
         for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
@@ -31,7 +38,6 @@ class Metrics:
         # By lines: a restart from a checkpoint finds the lines of all steps before it, and `status` those of a run under way.
         self._file = open(path, "a", buffering=1)  # noqa: SIM115 (closed by close)
         self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1, flush_secs=30)
-        self.last_loss = math.nan
 
     def write(self, cfg: Config, step: int, n: int, metrics_C: dict[str, Any]) -> int | None:
         """One line for steps `step` to `step + n`: means over them. Returns the first step whose loss is not finite."""
@@ -52,6 +58,8 @@ class Metrics:
         self._write(line | {f"eval_{name}": value for name, value in evaluation._asdict().items()})
 
     def _write(self, line: dict[str, Any]) -> None:
+        if not self._writes:
+            return
         self._file.write(json.dumps(line) + "\n")
         for name, value in line.items():
             if name not in ("step", "tokens", "expert_load"):
@@ -59,6 +67,8 @@ class Metrics:
 
     def close(self) -> None:
         """Closes metrics.jsonl and the events."""
+        if not self._writes:
+            return
         self._file.close()
         self._events.close()
 

@@ -122,11 +122,11 @@ def _compiled_nll(model: Model, prefix: int, mesh: Mesh | None):
     return jax.jit(meshes.traced(mesh, nll), out_shardings=meshes.replicated(mesh) if mesh is not None else None)
 
 
-def _held_out_batches(held_out: EvalSet, tokenizer: Tokenizer, data: Data, mesh: Mesh | None) -> Any:
-    """Batches of EVAL_ROWS rows, or as many more as divide among the devices of a mesh, the last filled up with zeros."""
-    rows, width = held_out.tokens_BxT.shape
+def _held_out_batches(held_out: EvalSet, tokenizer: Tokenizer, data: Data, mesh: Mesh | None) -> dict[str, Any]:
+    """Batches of EVAL_ROWS rows, or of one for each device that has rows of its own; the last is filled up with zeros."""
     across = math.prod(mesh.shape[axis] for axis in axes.ROWS) if mesh is not None else 1
     at_once = -(-EVAL_ROWS // across) * across
+    rows, width = held_out.tokens_BxT.shape
     padded = np.zeros((-(-rows // at_once) * at_once, width), np.int32)
     padded[:rows] = held_out.tokens_BxT
     items_BxIx = held_out.items_BxIx
@@ -134,9 +134,7 @@ def _held_out_batches(held_out: EvalSet, tokenizer: Tokenizer, data: Data, mesh:
         items_BxIx = np.resize(items_BxIx, (len(padded), *items_BxIx.shape[1:]))
         items_BxIx = items_BxIx.reshape(-1, at_once, *items_BxIx.shape[1:])
     batches = make_batch(padded.reshape(-1, at_once, width), tokenizer, data, items_BxIx)
-    if mesh is None:
-        return batches
-    return jax.tree.map(functools.partial(meshes.put, sharding=meshes.batch_sharding(mesh)), batches)
+    return batches if mesh is None else meshes.spread(batches, meshes.batch_sharding(mesh))
 
 
 def compile_evaluation(

@@ -181,7 +181,6 @@ def test_the_gpus_kernel_is_asked_for_what_it_can_do_alone(monkeypatch):
         (False, None),
     ]
     assert all(one["implementation"] == "cudnn" for one in asked)
-    attend(q, k, v, segment_BxT=jnp.asarray(SEGMENT_BxT))  # a row that fills no block of the kernel for documents
     attend(q, k, v, offset=jnp.int32(0))
     attend(q, k, v, visible_BxS=jnp.ones((B, T), bool))
     attend(*(x.astype(jnp.float32) for x in (q, k, v)))
@@ -193,15 +192,14 @@ def test_documents_have_a_kernel_of_their_own_on_a_gpu(monkeypatch):
     """A mask of documents as an array takes T x T float32 a head, and cuDNN is given none; what the kernel cannot do goes the plain way."""
     asked = []
     monkeypatch.setattr("llm_jax.kernels.used", lambda: True)
-    monkeypatch.setattr(
-        "llm_jax.models.attention.mha", lambda q, k, v, segments, **settings: asked.append(k.shape) or q
-    )
-    q, k = jnp.zeros((1, 256, 4, 64), jnp.bfloat16), jnp.zeros((1, 256, 2, 64), jnp.bfloat16)
-    segments = jnp.zeros((1, 256), jnp.int32)
+    monkeypatch.setattr("llm_jax.kernels.attention.attend", lambda q, k, v, segments, *how: asked.append(how) or q)
+    q, k = jnp.zeros((1, 40, 4, 64), jnp.bfloat16), jnp.zeros((1, 40, 2, 64), jnp.bfloat16)
+    segments = jnp.zeros((1, 40), jnp.int32)
     attend(q, k, k, segment_BxT=segments)
-    assert asked == [(1, 256, 4, 64)]
-    attend(q, k, k, segment_BxT=segments, window=100)
+    attend(q, k, k, segment_BxT=segments, window=10)
+    attend(q, k, k, segment_BxT=segments, causal=False)
+    assert asked == [(True, None), (True, 10), (False, None)]
     attend(q, k, k, segment_BxT=segments, offset=jnp.int32(0))
-    attend(q[:, :192], k[:, :192], k[:, :192], segment_BxT=segments[:, :192])
-    attend(q[:, :128], k, k, segment_BxT=segments)
-    assert len(asked) == 1
+    attend(q[:, :20], k, k, segment_BxT=segments)
+    attend(*(x.astype(jnp.float32) for x in (q, k, k)), segment_BxT=segments)
+    assert len(asked) == 3

@@ -35,6 +35,7 @@ from numerics import (
 from llm_jax.config import Model
 from llm_jax.generation import sampling
 from llm_jax.models import families, recurrent
+from llm_jax.models.layers import lookup
 
 BASE = Model(vocab_size=VOCAB, num_layers=2, d_model=16, d_ff=24, family="lstm")
 MODELS = {
@@ -287,3 +288,23 @@ def test_logical_axes_name_every_dimension(cfg):
     jax.tree.map(
         lambda leaf, spec: np.testing.assert_equal(leaf.shape, tuple(sizes[name] for name in spec)), shapes, axes
     )
+
+
+def test_the_gradient_of_a_frequent_token_adds_up_in_float32():
+    """A sum in bfloat16 stops growing where a term is less than a 512th of it: the commonest tokens would learn the slowest."""
+
+    def value(table):
+        return lookup(table, jnp.zeros(3000, jnp.int32), jnp.bfloat16).astype(jnp.float32).sum()
+
+    assert float(jax.grad(value)(jnp.ones((2, 1)))[0, 0]) == 3000
+
+
+@every_model
+def test_every_family_looks_its_tokens_up_so(cfg):
+    half = replace(cfg, dtype="bfloat16")
+    shapes = jax.eval_shape(functools.partial(families.init, half), jax.random.key(0))
+    tokens_BxT = random_tokens()
+    traced = str(jax.make_jaxpr(functools.partial(gradient_and_logits, half))(shapes, tokens_BxT, tokens_BxT))
+    sums = [line.split("=")[0] for line in traced.splitlines() if "= scatter-add" in line]
+    assert sums
+    assert not [one for one in sums if "bf16" in one]

@@ -17,7 +17,7 @@ EXPERIMENT = '''"""Small models on a small corpus.
 
 Что даёт больше данных?
 """
-from llm_jax.config import Data, Model, Train
+from llm_jax.config import Data, Mesh, Model, Train
 from llm_jax.ladder import Ladder
 from scaling.experiment import Experiment, Target, isoflop
 
@@ -25,6 +25,7 @@ experiment = Experiment(
     model=Model(),
     data=Data(source="files", files=("{corpus}/*",), context=32, eval_tokens=1024, val_fraction=0.2),
     train=Train(steps_per_call=16),
+    mesh=Mesh(data=1),
     ladder=Ladder(aspect=8),
     axes=isoflop([3e8, 6e8, 1.2e9], [1.0, 2.0, 3.0]),
     forecast=Target(compute=2.4e9),

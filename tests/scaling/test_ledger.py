@@ -28,6 +28,7 @@ def small(tiny):
         model=tiny.model,
         data=tiny.data,
         train=replace(tiny.train, warmup_steps=2, checkpoint_every=16),
+        mesh=tiny.mesh,
         axes=product(axis("model.d_model", [16, 24]), axis("train.tokens", [1280, 2560])),
     )
 
@@ -130,7 +131,9 @@ def test_a_run_directory_of_another_config(small, tmp_path):
     folder = tmp_path / "run"
     prepared = make(folder, small)
     before = sorted(folder.rglob("*"))
-    other = Experiment(override(small.config, {"model.dropout": 0.1}).model, small.data, small.train, axes=small.axes)
+    other = Experiment(
+        override(small.config, {"model.dropout": 0.1}).model, small.data, small.train, small.mesh, axes=small.axes
+    )
     with pytest.raises(BadInput, match=r"model\.dropout is 0\.0 there and 0\.1 here.*run-2"):
         ledger.create(folder, "small", "", other, experiment.trials(other), prepared)
     assert sorted(folder.rglob("*")) == before
@@ -146,7 +149,7 @@ def test_a_run_directory_of_another_config(small, tmp_path):
 def test_a_nan_fails_its_trial_and_the_sweep_goes_on(small, tmp_path):
     train = override(small.config, {"train.clip_norm": 1e30, "train.warmup_steps": 0}).train
     axes = product(axis("train.peak_lr", [1e30, 1e-2]), axis("train.tokens", [1280]))
-    wild = Experiment(small.model, small.data, train, axes=axes)
+    wild = replace(small, train=train, axes=axes)
     prepared = make(tmp_path / "run", wild)
     launch.work(tmp_path / "run", prepared)
     rows = {row["peak_lr"]: row for row in ledger.rows(tmp_path / "run")}
@@ -158,12 +161,12 @@ def test_a_nan_fails_its_trial_and_the_sweep_goes_on(small, tmp_path):
 def test_trunks_save_compute_and_change_nothing(small, tmp_path):
     """A wsd sweep over horizons: losses equal those of runs on their own, and the steps saved are known."""
     train = override(small.config, {"train.schedule": "wsd", "train.peak_lr": 1e-2}).train
-    horizons = Experiment(small.model, small.data, train, axes=axis("train.tokens", [1280, 2560, 5120]))
+    horizons = replace(small, train=train, axes=axis("train.tokens", [1280, 2560, 5120]))
     prepared = make(tmp_path / "shared", horizons)
     launch.work(tmp_path / "shared", prepared)
     alone = {}
     for tokens in (1280, 2560, 5120):
-        one = Experiment(small.model, small.data, train, axes=axis("train.tokens", [tokens]))
+        one = replace(small, train=train, axes=axis("train.tokens", [tokens]))
         make(tmp_path / str(tokens), one)
         launch.work(tmp_path / str(tokens), prepared)
         alone[tokens] = ledger.rows(tmp_path / str(tokens))[0]

@@ -7,13 +7,14 @@ from llm_jax.settings import BadInput
 from scaling import cli, experiment, sweep_speed
 
 TINY = """
-from llm_jax.config import Data, Model, Synthetic, Train
+from llm_jax.config import Data, Mesh, Model, Synthetic, Train
 from scaling.experiment import Experiment
 
 experiment = Experiment(
     model=Model(num_layers=2, d_model=16, num_heads=2),
     data=Data(source="synthetic", context=32, eval_tokens=1024, synthetic=Synthetic(documents=200)),
     train=Train(tokens_per_step=256, steps_per_call=8),
+    mesh=Mesh(data=1),
     axes=tuple({"model.d_model": d, "train.tokens": t} for d in (16, 24) for t in (2_560, 5_120)),
 )
 """

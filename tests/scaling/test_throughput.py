@@ -1,12 +1,13 @@
 """A benchmark is believed for what it divides by: the counts behind its figures."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
 
 from llm_jax import parts
-from llm_jax.config import Config, Data, Experts, Model, Train
+from llm_jax.config import Config, Data, Experts, Mesh, Model, Train
 from llm_jax.settings import BadInput
 from scaling import cli, throughput
 from scaling.experiment import Ladder, trial
@@ -29,12 +30,15 @@ def test_model_flops_are_those_of_the_convention():
 
 def test_figures_of_a_step_follow_from_each_other(mixed_dtypes, monkeypatch):
     monkeypatch.setattr(throughput, "ROUNDS", 3)
-    monkeypatch.setattr(throughput, "_numpy_flops", lambda: 1e9)
+    monkeypatch.setattr(
+        throughput, "_product_seconds", lambda: (2 * throughput.MATRIX**3 / 1e9, 2 * throughput.MATRIX**3 / 2e9)
+    )
     cfg = trial(SMALL, Ladder(), {}).config
     found = throughput.bench_train(cfg)
     assert found["fastest"] <= found["seconds_per_step"] <= found["slowest"]
     assert found["tokens_per_second"] == pytest.approx(16 / found["seconds_per_step"])
     assert found["mfu"] == pytest.approx(found["tokens_per_second"] * found["flops_per_token"] / 1e9)
+    assert found["cpu_mfu"] == pytest.approx(16 * found["flops_per_token"] / found["cpu_seconds_per_step"] / 2e9)
     assert found["memory_bytes"] > 3 * 4 * parts.num_params(cfg.model), "parameters and two moments"
     assert 0 < found["loss"] < 10
     assert "NumPy" in throughput.describe(found)
@@ -45,12 +49,20 @@ def test_figures_of_a_step_follow_from_each_other(mixed_dtypes, monkeypatch):
 )
 def test_a_device_finds_its_peak(kind, peak):
     """By its name in the data sheet; the more particular of two that fit."""
-    assert throughput._peak(kind)[0] == peak
+    assert throughput._peak(kind, [])[0] == peak
+
+
+def test_an_unknown_device_has_no_utilisation():
+    """A wrong peak would print a plausible percentage; none at all is not a number, and null in JSON."""
+    assert math.isnan(throughput._peak("Quantum 9000", [])[0])
 
 
 def test_what_has_no_step_is_refused(capsys):
     with pytest.raises(BadInput, match="ngram is counted"):
         throughput.bench_train(replace(SMALL, model=Model(family="ngram")))
+    for several in (replace(SMALL, train=replace(SMALL.train, compile="pmap")), replace(SMALL, mesh=Mesh(data=2))):
+        with pytest.raises(BadInput, match="the benches time one device"):
+            throughput.bench_train(several)
     assert cli.main(["bench", "trian"]) == 2
     assert 'did you mean "bench train"' in capsys.readouterr().err
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from llm_jax.config import Config, Data, Model, Train
+from llm_jax.config import Config, Data, Mesh, Model, Train
 from llm_jax.data import prepare
 from llm_jax.generation import pairs, sampling
 from llm_jax.settings import BadInput, override, to_dict
@@ -269,6 +269,7 @@ def test_pairs_are_learned(tmp_path, family):
             source="pairs", files=(f"{tmp_path}/pairs.tsv",), tokenizer="bpe", context=10, prefix=6, val_fraction=0.2
         ),
         train=Train(tokens=10 * 16 * 300, tokens_per_step=160, peak_lr=1e-2, warmup_steps=10, label_smoothing=0.1),
+        mesh=Mesh(data=1),
     )
     cfg = override(cfg, {"train.schedule": "inverse_sqrt", "data.eval_tokens": 600})
     prepared = prepare.prepare(cfg)

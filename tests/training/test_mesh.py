@@ -7,14 +7,18 @@ import functools
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from llm_jax.config import Config, Data, Experts, Mesh, Model, Train, trunk_key
-from llm_jax.models import families
+from llm_jax.data import prepare
+from llm_jax.kernels import cross_entropy, norm
+from llm_jax.models import attention, families
 from llm_jax.settings import BadInput, fingerprint, override
-from llm_jax.training import loop
+from llm_jax.training import loop, losses
 from llm_jax.training import mesh as meshes
+from llm_jax.training.metrics import read_metrics
 from llm_jax.training.step import init_state, one_replica, replicate
 
 pytestmark = [
@@ -23,7 +27,9 @@ pytestmark = [
 ]
 STEPS, ROWS, CONTEXT = 4, 16, 16
 DENSE = Model(vocab_size=256, num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, scan_layers=True)
-MIXED = replace(DENSE, mlp="swiglu", experts=Experts(number=4, per_token=2, shared=1, granularity=2, z_weight=0.1))
+MIXED = replace(
+    DENSE, num_layers=1, mlp="swiglu", experts=Experts(number=4, per_token=2, shared=1, granularity=2, z_weight=0.1)
+)
 # With an epsilon as large as gradients are, AdamW does not hide one that is off by a factor.
 TRAIN = Train(
     tokens_per_step=ROWS * CONTEXT, tokens=10**6, peak_lr=1e-2, warmup_steps=1, steps_per_call=STEPS, epsilon=1e-2
@@ -75,7 +81,7 @@ MESHES = {
     "data 8": (DENSE, Mesh()),
     "fsdp 4, tensor 2": (DENSE, Mesh(data=1, fsdp=4, tensor=2)),
     "data 2, fsdp 2, sequence 2": (DENSE, Mesh(fsdp=2, sequence=2)),
-    "data 2, expert 4": (MIXED, Mesh(expert=4)),
+    "data 2, expert 4": pytest.param(MIXED, Mesh(expert=4), marks=pytest.mark.slow),
     "fsdp 2, expert 2, tensor 2": (MIXED, Mesh(data=1, fsdp=-1, expert=2, tensor=2)),
 }
 
@@ -175,3 +181,127 @@ def test_devices_without_rows_stay_idle():
     assert dict(meshes.make(config(tokens_per_step=7 * CONTEXT), jax.devices()[:4]).shape)["data"] == 1
     with pytest.raises(BadInput, match="7 rows of a microbatch do not divide among 4"):
         meshes.sizes(config(tokens_per_step=7 * CONTEXT), 4, all_of_them=True)
+
+
+def test_a_run_goes_on_on_another_mesh(tiny, tmp_path):
+    """Machines come back with other devices: a checkpoint of any mesh loads on any, and the next step reads the next rows."""
+    cfg = override(tiny, {"model.num_heads": 2, "train.tokens": 256 * 24, "train.tokens_per_step": 256})
+    cfg = override(cfg, {"train.warmup_steps": 2, "train.peak_lr": 1e-3, "train.checkpoint_every": 8})
+    prepared = prepare.prepare(cfg)
+
+    class Stop(Exception):
+        pass
+
+    def stop(step, total, loss):
+        if step == 16:
+            raise Stop
+
+    with pytest.raises(Stop):
+        loop.train(override(cfg, {"mesh.fsdp": 4, "mesh.tensor": 2}), prepared, tmp_path / "moved", progress=stop)
+    moved = loop.train(override(cfg, {"mesh.data": 2, "mesh.fsdp": 2}), prepared, tmp_path / "moved")
+    still = loop.train(cfg, prepared, tmp_path / "still")
+    assert moved.loss == pytest.approx(still.loss, rel=1e-5)
+    found, wanted = (read_metrics(tmp_path / name) for name in ("moved", "still"))
+    assert [line["step"] for line in found] == [line["step"] for line in wanted] == [8, 16, 24, 24]
+    for one, other in zip(found, wanted, strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+
+
+# What XLA cannot spread: each device runs it on its own part, interpreted here.
+
+
+def under(mesh: Mesh, f, *args):
+    """f(*args), traced for a mesh and spread by its rules; rows of the arguments are spread."""
+    built = meshes.make(config(MIXED if mesh.expert > 1 else DENSE, mesh))
+    return jax.jit(meshes.traced(built, f), out_shardings=meshes.replicated(built))(*args)
+
+
+def assert_close(found, wanted):
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), found, wanted)
+
+
+def normals(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+@pytest.mark.parametrize(("shape", "kind"), [((8, 4, 32), "layernorm"), ((8, 4, 4, 16), "rmsnorm")])
+def test_the_norm_kernel_on_a_mesh(shape, kind):
+    """The gradient of the scale is a sum over all rows, whichever device has them."""
+    x, scale, toward = normals(*shape), 1 + normals(shape[-1], seed=1), normals(*shape, seed=2)
+
+    def value(norm, x, scale):
+        return (norm(x, scale) * toward).sum()
+
+    kernel = jax.grad(functools.partial(value, lambda x, scale: norm._normed(x, scale, kind, True)), argnums=(0, 1))
+    plain = jax.grad(functools.partial(value, lambda x, scale: norm.plain(x, scale, kind)), argnums=(0, 1))
+    assert_close(under(Mesh(fsdp=2, tensor=2), kernel, x, scale), plain(x, scale))
+    assert_close(under(Mesh(data=1, sequence=2, expert=4), kernel, x, scale), plain(x, scale))
+
+
+def test_the_loss_kernel_on_a_mesh(monkeypatch):
+    """Each device has whole rows of logits, or the plain form is taken, which reads rows in pieces."""
+    logits, targets = normals(8, 4, 40), jnp.asarray(np.random.default_rng(1).integers(0, 40, (8, 4)), jnp.int32)
+    weights = jnp.asarray(np.random.default_rng(2).random((8, 4)), jnp.float32)
+    summed, calls = cross_entropy.summed, []
+
+    def interpreted(*args):
+        calls.append(args[0].shape)
+        return summed(*args, True)
+
+    def value(logits):
+        return losses.cross_entropy(logits, targets, weights, 1e-2, 0.1)
+
+    wanted = jax.value_and_grad(value, has_aux=True)(logits)
+    monkeypatch.setattr(cross_entropy, "summed", interpreted)
+    monkeypatch.setattr(losses.kernels, "used", lambda: True)
+    monkeypatch.setattr(losses.kernels, "pay_for", lambda x: True)
+    kernel = jax.value_and_grad(value, has_aux=True)
+    assert_close(under(Mesh(fsdp=2), kernel, logits), wanted)
+    assert len(calls) == 1
+    assert_close(under(Mesh(tensor=2), kernel, logits), wanted)
+    assert_close(under(Mesh(sequence=2), kernel, logits), wanted)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(("kv_heads", "window"), [(1, None), (2, 4)])
+def test_attention_on_a_mesh(kv_heads, window):
+    """Rows, heads and queries are spread, and a key that several devices read has the sum of their gradients."""
+    q, k, v = normals(4, 16, 4, 8), normals(4, 16, kv_heads, 8, seed=1), normals(4, 16, kv_heads, 8, seed=2)
+    toward, segments = normals(4, 16, 4, 8, seed=3), jnp.asarray(np.arange(16) // 6 + np.zeros((4, 1)), jnp.int32)
+
+    def value(attend, segments, q, k, v):
+        return (attend(q, k, v, window=window, segment_BxT=segments) * toward).sum()
+
+    for segment_BxT in (None, segments):
+        spread, plain = (
+            jax.value_and_grad(functools.partial(value, f, segment_BxT), argnums=(0, 1, 2))
+            for f in (attention.attend, attention.attend_plain)
+        )
+        assert_close(under(Mesh(sequence=2, tensor=2), spread, q, k, v), plain(q, k, v))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["encoder_decoder", "lstm", "seq2seq_rnn", "feedforward"])
+def test_every_family_trains_alike_on_a_mesh(tiny, tmp_path, family):
+    """One loop for all of them, on any mesh that their settings allow."""
+    prefix = 8 if family in ("encoder_decoder", "seq2seq_rnn") else 0
+    cfg = override(tiny, {"model.family": family, "data.prefix": prefix, "model.num_heads": 2, "train.peak_lr": 1e-3})
+    cfg = override(cfg, {"train.tokens": 256 * 8, "train.tokens_per_step": 256, "train.warmup_steps": 2})
+    prepared = prepare.prepare(cfg)
+    spread = override(cfg, {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2})
+    one, many = (loop.train(c, prepared, tmp_path / name) for name, c in (("one", cfg), ("many", spread)))
+    assert many.loss == pytest.approx(one.loss, rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model.recompute": "block", "data.document_mask": True},
+        {"model.window": 4, "model.norm_position": "post", "model.tie_embeddings": False, "model.scan_layers": False},
+        {"train.grad_accumulation": 2, "model.positions": "learned", "model.mlp": "swiglu"},
+    ],
+)
+def test_variants_of_the_transformer_on_a_mesh(changes):
+    """What is recomputed, masked or tied must not depend on where it lies."""
+    assert_agrees(override(config(mesh=Mesh(fsdp=2, tensor=2)), changes))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llm_jax.config import Config, Data, Media, Model, Train
+from llm_jax.config import Config, Data, Media, Mesh, Model, Train
 from llm_jax.data import prepare
 from llm_jax.data.tokenizer import Bytes
 from llm_jax.generation import media, sampling
@@ -40,6 +40,7 @@ def cfg(tmp_path):
             steps_per_call=8,
             checkpoint_every=24,
         ),
+        mesh=Mesh(data=1),
     )
 
 
@@ -107,6 +108,7 @@ def test_a_tone_is_told_by_its_pitch(tmp_path):
         model=Model(num_layers=1, d_model=32, media=hears),
         data=Data(source="media", files=(f"{tmp_path}/tones.jsonl",), context=16, val_fraction=0.3),
         train=Train(tokens=16 * 16 * 40, tokens_per_step=16 * 16, peak_lr=1e-2, warmup_steps=5, steps_per_call=8),
+        mesh=Mesh(data=1),
     )
     prepared = prepare.prepare(cfg)
     assert loop.train(cfg, prepared, tmp_path / "run").loss < 0.1
