@@ -1,5 +1,6 @@
 # make quickstart   sets up .venv and runs the main job on the standard library's sources
 # make test         sets up .venv and passes lint, types, import contracts and tests
+# make test-launchers   sets up .venv-launchers with Ray, submitit and SkyPilot (1 GB), and tests launchers and cloud/ with them
 # EXTRA=cuda13 or EXTRA=tpu installs jax for that accelerator; PYTHON=python3.12 picks an interpreter.
 PYTHON ?= python3
 EXTRA ?=
@@ -12,7 +13,7 @@ comma := ,
 INSTALL = $(if $(shell command -v uv),uv pip install -q --python $(BIN)/python,$(BIN)/python -m pip install -q --disable-pip-version-check)
 extras = $(if $(strip $(1)),[$(subst $(space),$(comma),$(strip $(1)))])
 
-.PHONY: quickstart test lint soak clean
+.PHONY: quickstart test test-launchers lint soak clean
 
 # What the quickstart takes from the command line: make quickstart RUN=runs/seed1 ARGS="--train.seed 1"
 RUN ?= runs/quickstart
@@ -34,6 +35,12 @@ lint: $(VENV)/dev$(EXTRA)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+LAUNCHERS := .venv-launchers
+test-launchers:
+	$(PYTHON) -m venv $(LAUNCHERS)
+	$(LAUNCHERS)/bin/python -m pip install -q --disable-pip-version-check -e ".[dev,ray,slurm]" skypilot
+	$(LAUNCHERS)/bin/python -m pytest tests/scaling/test_ray.py tests/scaling/test_slurm.py tests/test_cloud.py
+
 soak: $(VENV)/dev$(EXTRA)
 	$(BIN)/python -m pytest
 
@@ -50,4 +57,4 @@ $(VENV)/dev$(EXTRA): $(BIN)/python setup.cfg
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LAUNCHERS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

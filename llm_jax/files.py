@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ def cache_dir() -> Path:
 def write_atomic(path: Path, content: str | bytes) -> None:
     """The file holds the old content or the new, never a part: written aside, synced, then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    # Not the process id: on another machine of a shared file system, another process has that.
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     with open(aside, "wb") as f:
         f.write(content.encode() if isinstance(content, str) else content)
         f.flush()
@@ -43,7 +45,8 @@ def read_json(path: Path) -> Any:
 def locked(path: Path, wait: bool = True) -> Iterator[bool]:
     """Holds an advisory lock on `path`; yields False at once where another process holds it and `wait` is False.
 
-    The kernel drops the lock when its holder dies, however it dies, so that no stale claim ever has to be guessed at.
+    The kernel drops the lock when its holder dies, however it dies, so that no stale claim ever has to be guessed at. It holds among
+    the processes of one machine; what machines share is held by scaling/leases.py.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+") as f:

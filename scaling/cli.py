@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from llm_jax.config import Config, Mesh
 from llm_jax.settings import BadInput, did_you_mean, fingerprint
+from llm_jax.training.preemption import EXIT_STATUS, Preempted
 from scaling.options import (
     AotOptions,
     AttentionOptions,
@@ -60,8 +61,14 @@ def train(options: TrainOptions) -> None:
     alone = Experiment(base.model, base.data, base.train, base.mesh, base.ladder)
     name = f"{options.experiment.stem if options.experiment else 'default'}-train"
     folder = options.run or Path("runs") / f"{name}-{fingerprint(alone.config)}"
-    _run_trials(folder, name, alone, "", options.json)
-    if not options.json and hosts.first():
+    asked, prepared = _create(folder, name, alone, "")
+    from scaling import launch  # loads JAX: only now that nothing was refused
+
+    launch.work(folder, prepared)
+    if not hosts.first():
+        return
+    _print_trials([row for row in ledger.rows(folder) if row["id"] in asked], options.json)
+    if not options.json:
         row = ledger.rows(folder)[0]
         print(
             f"loss {row['loss']:.4f} ± {row['loss_se']:.4f} nats per token, {row['bits_per_byte']:.4f} bits per byte; {folder}"
@@ -69,24 +76,48 @@ def train(options: TrainOptions) -> None:
 
 
 def sweep(options: SweepOptions) -> None:
-    """Trains every trial of an experiment that has no result yet, in this process and options.workers - 1 beside it."""
+    """Trains every trial of an experiment that has no result yet, by workers here or on a cluster."""
     from llm_jax.training import hosts
     from scaling import experiment as experiments
+    from scaling import launchers, ledger
 
     experiment, docstring = chosen_experiment(options)
     folder = options.run or Path("runs") / options.experiment.stem
-    if options.workers < 1:
+    if options.workers is not None and options.workers < 1:
         raise BadInput(f"--workers must be at least 1, got {options.workers}")
+    resources = launchers.Resources(options.gpus, options.tpus, options.cpus, options.hours)
     if options.dry_run:
         rows = [{"id": one.id, **one.point, **one.counts} for one in experiments.trials(experiment)]
         _print_trials(rows, options.json)
         return
-    hosts.connect(options.coordinator, options.num_processes, options.process_id)
-    _run_trials(folder, options.experiment.stem, experiment, docstring, options.json, options.workers)
+    launchers.ready(options.launcher)
+    workers = options.workers
+    if options.launcher == "local":
+        together = options.coordinator is not None or experiment.mesh != Mesh()
+        workers = workers or (1 if together else launchers.default_workers(*launchers.devices(), resources))
+        if workers == 1:  # of this host; else each has devices of its own, and no other process
+            hosts.connect(options.coordinator, options.num_processes, options.process_id)
+        elif options.coordinator is not None:
+            raise BadInput("--workers share one host; processes that train together are one worker: give --workers 1")
+    asked, prepared = _create(folder, options.experiment.stem, experiment, docstring)
+    if options.launcher == "slurm":
+        jobs = launchers.submit_to_slurm(folder, options.workers, resources, options.sbatch)
+        names = [job.job_id for job in jobs]
+        said = f"{len(jobs)} workers in the queue, from job {names[0]}; llm-jax status {folder} --watch follows them"
+        print(jsonlib.dumps({"run": str(folder), "jobs": names}) if options.json else said)
+        return
+    if options.launcher == "ray":
+        launchers.run_on_ray(folder, options.workers, resources)
+    else:
+        launchers.run_here(folder, prepared, workers, resources)
+        if workers == 1 and not hosts.first():
+            return
+    _print_trials([row for row in ledger.rows(folder) if row["id"] in asked], options.json)
 
 
-def _run_trials(folder: Path, name: str, experiment: Experiment, docstring: str, json: bool, workers: int = 1) -> None:
-    from llm_jax.training import hosts, initial
+def _create(folder: Path, name: str, experiment: Experiment, docstring: str) -> tuple[set[str], Prepared]:
+    """The run directory, made or found; the ids of its trials that the experiment asks for, and its data."""
+    from llm_jax.training import initial
     from scaling import experiment as experiments
     from scaling import ledger
 
@@ -101,30 +132,13 @@ def _run_trials(folder: Path, name: str, experiment: Experiment, docstring: str,
             mesh.check(trial.config)
     prepared = _prepare(experiment.config)
     ledger.create(folder, name, docstring, experiment, trials, prepared)
-    import jax  # only now that nothing was refused
-
-    from scaling import launch
-
-    if workers > 1 and jax.process_count() > 1:
-        raise BadInput("--workers share one host; processes that train together are one worker: give --workers 1")
-    others = launch.spawn_workers(folder, workers)
-    try:
-        launch.work(folder, prepared)
-    finally:
-        for other in others:
-            other.wait()
-    if not hosts.first():
-        return
-    asked = {trial.id for trial in trials}
-    _print_trials([row for row in ledger.rows(folder) if row["id"] in asked], json)
+    return {trial.id for trial in trials}, prepared
 
 
 def _prepare(config: Config) -> Prepared:
-    from llm_jax.data import prepare
-    from scaling.progress import progress
+    from scaling import launchers
 
-    with progress("data", 1.0, "") as update:
-        return prepare.prepare(config, lambda what, done, total: update(done / total if total else 0.0, what))
+    return launchers.prepared_data(config)
 
 
 def _print_trials(rows: Sequence[Mapping[str, Any]], json: bool) -> None:
@@ -136,15 +150,15 @@ def _print_trials(rows: Sequence[Mapping[str, Any]], json: bool) -> None:
 
 def work(folder: Path, index: int, workers: int) -> None:
     """A worker beside others; `sweep --workers` starts these."""
-    from scaling import launch, ledger
+    from scaling import launchers
 
-    launch.share_cpus(index, workers)
-    launch.work(folder, _prepare(ledger.base_config(folder)), index / workers)
+    launchers.share_cpus(index, workers)
+    launchers.work(folder, index, workers)
 
 
 def status(options: StatusOptions) -> None:
     """Prints the trials of a run; with --watch again until all have ended."""
-    from scaling import ledger
+    from scaling import goodput, ledger
 
     ledger.describe(options.run)
     while True:
@@ -155,6 +169,8 @@ def status(options: StatusOptions) -> None:
         if not options.json:
             count = Counter(row["status"] for row in rows)
             print(", ".join(f"{number} {state}" for state, number in count.items()))
+            if time_went := goodput.describe(goodput.total(row["time"] for row in rows)):
+                print(time_went)
         if not options.watch or all(row["status"] in ledger.ENDED for row in rows):
             return
         time.sleep(2)
@@ -486,7 +502,7 @@ def _usage() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a verb. Returns the exit status: 0, 1 where aot finds that a program does not fit or bench compare one slower, 2 for bad input,
-    130 when interrupted, 141 for a closed pipe."""
+    75 when told to leave, 130 when interrupted, 141 for a closed pipe."""
     words = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):  # a terminal that cannot draw a letter is no reason to stop
         if isinstance(stream, io.TextIOWrapper):
@@ -511,6 +527,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BadInput as error:
         print(f"llm-jax: {error}", file=sys.stderr)
         return 2
+    except Preempted as error:
+        print(f"llm-jax: told to leave {error}; the same command goes on from what is saved", file=sys.stderr)
+        return EXIT_STATUS
     except KeyboardInterrupt:
         print("llm-jax: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130

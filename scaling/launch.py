@@ -1,23 +1,27 @@
-"""Training the trials of a run: this process, and others beside it where more workers are asked for."""
+"""Training the trials of a run in this process; scaling/launchers.py starts others beside it."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
+
+import jax
 
 from llm_jax import files
 from llm_jax.config import trunk_key
 from llm_jax.data.prepare import Prepared
-from llm_jax.training import hosts, initial, loop
+from llm_jax.training import hosts, initial, loop, preemption
 from llm_jax.training.optimizer import cooldown_start
+from llm_jax.training.preemption import Preempted
+from llm_jax.training.watch import Watch
 from scaling import ledger
 from scaling.experiment import Trial
+from scaling.leases import Lease
 from scaling.progress import progress
 
 POLL_SECONDS = 1.0
@@ -25,8 +29,6 @@ POLL_SECONDS = 1.0
 
 def use_compile_cache() -> None:
     """Programs compiled once serve all later processes of this machine, from $JAX_COMPILATION_CACHE_DIR where that is set."""
-    import jax
-
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(files.cache_dir() / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
@@ -41,13 +43,21 @@ def compile_ahead(order: Sequence[Trial], prepared: Prepared) -> dict[tuple, Fut
 
     Only where an accelerator trains: the cores are free then. And where all of it is of this process. Else nothing.
     """
-    import jax
-
     if jax.default_backend() == "cpu" or jax.process_count() > 1:
         return {}
     pool = ThreadPoolExecutor(min(AHEAD, os.cpu_count() or 1))
     configs = {loop.programs(t.config): t.config for t in reversed(order) if not t.config.model.counted}
     return {key: pool.submit(loop.compile_ahead, configs[key], prepared) for key in reversed(configs)}
+
+
+@contextlib.contextmanager
+def _cancelled(futures: Iterable[Future]) -> Iterator[None]:
+    """Cancels what has not begun in the end: a process that is told to leave would compile it all before it exits."""
+    try:
+        yield
+    finally:
+        for future in futures:
+            future.cancel()
 
 
 def trunk_groups(trials: Sequence[Trial], prepared: Prepared) -> dict[str, list[Trial]]:
@@ -60,22 +70,37 @@ def trunk_groups(trials: Sequence[Trial], prepared: Prepared) -> dict[str, list[
 
 
 @contextlib.contextmanager
-def claim(folder: Path, trial_id: str) -> Iterator[bool]:
-    """ledger.claim by the first of the processes that train together, for all of them."""
-    with ledger.claim(folder, trial_id) if hosts.first() else contextlib.nullcontext(False) as mine:
-        yield hosts.agreed(mine)
+def claim(folder: Path, trial_id: str) -> Iterator[tuple[bool, Lease | None]]:
+    """ledger.claim by the first of the processes that train together, for all of them; the lease is the first one's alone."""
+    with ledger.claim(folder, trial_id) if hosts.first() else contextlib.nullcontext() as lease:
+        yield hosts.agreed(lease is not None), lease
 
 
-def run_trial(folder: Path, trial: Trial, prepared: Prepared, branch_steps: Sequence[int], update: Callable) -> None:
-    """Trains a claimed trial and records how it ended."""
-    result = loop.train(
-        trial.config,
-        prepared,
-        ledger.trial_folder(folder, trial.id),
-        trunks=folder / "trunks",
-        branch_steps=branch_steps,
-        progress=update,
-    )
+def run_trial(
+    folder: Path,
+    trial: Trial,
+    prepared: Prepared,
+    branch_steps: Sequence[int],
+    update: Callable,
+    lease: Lease | None,
+    told: Callable[[], bool],
+) -> None:
+    """Trains a claimed trial and records how it ended. `lease` is told where time goes; None in processes beside the one that has it."""
+    beats = ledger.trial_folder(folder, trial.id) / "beats"
+    watch = Watch(f"trial {trial.id}", beats=beats, process=jax.process_index(), processes=jax.process_count())
+    with contextlib.closing(watch):
+        if lease:
+            lease.facts = watch.snapshot
+        result = loop.train(
+            trial.config,
+            prepared,
+            ledger.trial_folder(folder, trial.id),
+            trunks=folder / "trunks",
+            branch_steps=branch_steps,
+            progress=update,
+            told=told,
+            watch=watch,
+        )
     if not hosts.first():
         return
     ledger.record(folder, trial, prepared, result)
@@ -91,7 +116,7 @@ def work(folder: Path, prepared: Prepared, start: float = 0.0) -> None:
     """Trains trials of a run until none is left, alone or beside other workers.
 
     Each worker begins at another share `start` of the trials, so that a shape is compiled by one of them. Runs that branch off
-    a trunk wait for the longest of their group, which trains the trunk.
+    a trunk wait for the longest of their group, which trains the trunk. Raises Preempted where a signal tells this process to leave.
     """
     use_compile_cache()
     trials = ledger.trials(folder)
@@ -106,8 +131,10 @@ def work(folder: Path, prepared: Prepared, start: float = 0.0) -> None:
     order = order[first:] + order[:first]
     total = sum(t.counts["C_flops"] for t in order)
     compiled = compile_ahead([t for t in order if ledger.status(folder, t.id) not in ledger.ENDED], prepared)
-    with progress("sweep", total, "FLOP") as update:
+    with _cancelled(compiled.values()), preemption.noticed() as told, progress("sweep", total, "FLOP") as update:
         while True:
+            if told():
+                raise Preempted("between trials")
             state = hosts.agreed({trial.id: ledger.status(folder, trial.id) for trial in order})
             done = sum(t.counts["C_flops"] for t in order if state[t.id] in ledger.ENDED)
             left = [t for t in order if state[t.id] not in ledger.ENDED]
@@ -118,7 +145,7 @@ def work(folder: Path, prepared: Prepared, start: float = 0.0) -> None:
             for trial in left:
                 if state.get(leader.get(trial.id, ""), "done") not in ledger.ENDED:
                     continue
-                with claim(folder, trial.id) as mine:
+                with claim(folder, trial.id) as (mine, lease):
                     if mine:
                         cost = trial.counts["C_flops"]
 
@@ -128,28 +155,7 @@ def work(folder: Path, prepared: Prepared, start: float = 0.0) -> None:
 
                         if under_way := compiled.get(loop.programs(trial.config)):
                             wait([under_way])  # a failure shows when the trial compiles it again
-                        run_trial(folder, trial, prepared, branches.get(trial.id, ()), report)
+                        run_trial(folder, trial, prepared, branches.get(trial.id, ()), report, lease, told)
                         break
             else:
                 time.sleep(POLL_SECONDS)
-
-
-def share_cpus(index: int, workers: int) -> None:
-    """Keeps this process to its share of the processors, before JAX starts its threads.
-
-    Small models train no faster on two cores than on one, so that workers that keep out of each other's way are twice as fast.
-    """
-    cpus = sorted(os.sched_getaffinity(0))
-    if 1 < workers <= len(cpus):
-        os.sched_setaffinity(0, cpus[index::workers])
-
-
-def spawn_workers(folder: Path, workers: int) -> list[subprocess.Popen]:
-    """All workers but this process, which is the first; each ends with the run and writes to RUN/worker-K.log."""
-    processes = []
-    for index in range(1, workers):
-        with open(folder / f"worker-{index}.log", "w") as log:
-            command = [sys.executable, "-m", "scaling.cli", "work", str(folder), str(index), str(workers)]
-            processes.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT))
-    share_cpus(0, workers)
-    return processes

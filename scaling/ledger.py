@@ -1,10 +1,10 @@
-"""Results on disk: one folder a trial, safe under many workers of one file system and under kills at any moment.
+"""Results on disk: one folder a trial, safe under many workers on machines of one file system, and under kills at any moment.
 
 RUN/experiment.json             what the run is: base config, data, axes
 RUN/table.csv                   the finished trials, rewritten after each: what `fit` reads
 RUN/trials/<fingerprint>/
     trial.json                  config, point on the axes
-    lock                        held by the worker that trains it; the kernel frees it when that worker dies
+    attempt-1.json, ...         who trained it when, and where the time went; the last one is held by a lease (scaling/leases.py)
     result.json                 loss and counts, written once; the same bits whoever trained it, and however often killed
     timing.json                 what differs from machine to machine
     metrics.jsonl, checkpoints/ (counts.npz of an n-gram model), tensorboard/
@@ -29,13 +29,14 @@ from llm_jax.data.prepare import Prepared
 from llm_jax.ladder import Ladder
 from llm_jax.settings import BadInput, did_you_mean, from_dict, to_dict, what
 from llm_jax.training.metrics import read_metrics
-from scaling import tables
+from scaling import goodput, leases, tables
 from scaling.experiment import DERIVED, Experiment, Trial
+from scaling.leases import Lease
 
 ENDED = ("done", "failed")
 """A trial of this status is trained no further."""
 RESULT_COLUMNS = ("loss", "loss_se", "bits_per_byte")
-TIMING = ("seconds", "tokens_per_second", "first_step", "hardware")
+TIMING = ("seconds", "tokens_per_second", "first_step", "hardware", "attempts", "goodput", "time")
 """Columns that differ from machine to machine."""
 
 
@@ -138,27 +139,23 @@ def trials(folder: Path) -> list[Trial]:
 
 
 @contextlib.contextmanager
-def claim(folder: Path, trial_id: str) -> Iterator[bool]:
-    """Holds a trial for this worker; yields False where another holds it or it has a result."""
+def claim(folder: Path, trial_id: str) -> Iterator[Lease | None]:
+    """Holds a trial for this worker; yields None where another holds it or it has a result."""
     path = trial_folder(folder, trial_id)
-    with files.locked(path / "lock", wait=False) as mine:
-        if mine and not (path / "result.json").exists():
-            owner = {"host": socket.gethostname(), "pid": os.getpid()}
-            (path / "lock").write_text(json.dumps(owner))
-            yield True
-        else:
-            yield False
+    with contextlib.ExitStack() as stack:
+        lease = None if (path / "result.json").exists() else stack.enter_context(leases.take(path))
+        # Another may have finished it before the lease was ours.
+        yield None if (path / "result.json").exists() else lease
 
 
 def status(folder: Path, trial_id: str) -> str:
-    """ "done", "failed", "running" (a live worker holds it), "stopped" (it has a checkpoint and nobody holds it) or "waiting"."""
+    """ "done", "failed", "running" (a live worker holds it), "stopped" (it was begun and nobody holds it) or "waiting"."""
     path = trial_folder(folder, trial_id)
     if (path / "result.json").exists():
         return files.read_json(path / "result.json")["status"]
-    if not (path / "lock").exists():
+    if not (before := leases.attempts(path)):
         return "waiting"
-    with files.locked(path / "lock", wait=False) as free:
-        return "stopped" if free else "running"
+    return "running" if leases.held(before[-1]) else "stopped"
 
 
 def record(folder: Path, trial: Trial, prepared: Prepared, result: Any) -> None:
@@ -210,7 +207,7 @@ def _cpu_info() -> list[str]:
 def rows(folder: Path) -> list[dict[str, Any]]:
     """One dict a trial, cheap ones first: id, status, the point, counts under each convention, settings, and the result.
 
-    One that is running has its "progress" too, a fraction.
+    "time" is wall seconds by phase (scaling/goodput.py). One that is running has its "progress" too, a fraction.
     """
     found = []
     for trial in trials(folder):
@@ -242,6 +239,12 @@ def rows(folder: Path) -> list[dict[str, Any]]:
             "tokens_per_second": timing.get("tokens_per_second"),
             "first_step": timing.get("first_step", 0),
             "hardware": timing.get("hardware", ""),
+        }
+        attempts = leases.attempts(path)
+        row |= {
+            "attempts": len(attempts),
+            "time": (time := goodput.of_attempts(attempts)),
+            "goodput": goodput.share(time),
         }
         row |= {name: value for name, value in trial.point.items() if name not in DERIVED}
         if state == "running" and (lines := read_metrics(path)):

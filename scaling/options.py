@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from tyro.conf import Positional, UseAppendAction, arg
 
@@ -52,8 +52,22 @@ class SweepOptions:
     name, or depth (rung of the ladder), or compute (FLOPs: D = C / 6N)."""
     run: Path | None = None
     """The run directory; default runs/NAME."""
-    workers: int = 1
-    """Processes that train beside each other."""
+    workers: int | None = None
+    """Processes that train beside each other. Default: one for each GPU or TPU chip, here or of the Ray cluster, where there are any;
+    else one here and in Slurm, one for each CPU of a Ray cluster."""
+    launcher: Literal["local", "ray", "slurm"] = "local"
+    """Where workers run: here, as tasks of a Ray cluster ($RAY_ADDRESS), or as an array of Slurm jobs. On other machines the run
+    directory must be on a file system that all of them share."""
+    gpus: int | None = None
+    """Of each worker; default 1, and all of them for one worker here. For Slurm they must be given."""
+    tpus: int | None = None
+    """TPU chips of each worker; default as for GPUs."""
+    cpus: int | None = None
+    """Of each worker on Ray (default 1) or Slurm (default 4)."""
+    hours: float | None = None
+    """Of a Slurm job, default 24; one whose time is up goes back into the queue."""
+    sbatch: tuple[str, ...] = ()
+    """NAME=VALUE ...: more options of Slurm's sbatch, such as partition=gpu account=lab."""
     dry_run: bool = False
     """List the trials and stop."""
     coordinator: str | None = None

@@ -79,7 +79,7 @@ def _plain_numbers(words: Sequence[str]) -> list[str]:
     return plain
 
 
-NEED_VALUES = ("--data.files", "--hold", "--media", "--peer", "--train.freeze")
+NEED_VALUES = ("--data.files", "--hold", "--media", "--peer", "--sbatch", "--train.freeze")
 """Options of several values, of which tyro would take none at all."""
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_jax import files
-from scaling import allocation_figures, checklist, comparison_figures, drawing, figures, fit_figures, tables
+from scaling import allocation_figures, checklist, comparison_figures, drawing, figures, fit_figures, goodput, tables
 from scaling.drawing import Plot, is_number
 from scaling.interactive import SCRIPT
 from scaling.page import (
@@ -47,7 +47,8 @@ class Content:
     trials: list[dict[str, Any]]
     """Rows of the ledger: id, status (done, failed, running), depth, N_params, N_non_embedding, D_tokens,
     C_flops (6ND), budget, epochs, tokens_per_step, peak_lr, num_steps, loss, loss_se, bits_per_byte, seconds,
-    tokens_per_second, reason, first_step (steps taken over from a shared trunk)."""
+    tokens_per_second, reason, first_step (steps taken over from a shared trunk); perhaps attempts, goodput, time (wall seconds by
+    phase, scaling/goodput.py)."""
     curves: dict[str, dict[str, list[float]]]
     """Trial id -> tokens, loss (training, nats a token), and perhaps eval_tokens, eval_loss."""
     fit: dict[str, Any] | None
@@ -317,6 +318,8 @@ TRIAL_COLUMNS: dict[str, Column] = {
     "steps": plain("num_steps", lambda v: number(v, 9)),
     "tokens/s": plain("tokens_per_second", count),
     "time": plain("seconds", duration),
+    "goodput": plain("goodput", lambda v: "" if v is None else f"{100 * v:.0f} %"),
+    "attempts": plain("attempts", lambda v: number(v, 9)),
     "from trunk": (
         lambda t: t.get("first_step"),
         lambda t: f"{number(t['first_step'], 9)} steps" if t.get("first_step") else "",
@@ -336,6 +339,18 @@ def trials(content: Content) -> Iterator[Block]:
     yield html_table(TRIAL_COLUMNS, rows, attributes, "trials sortable")
     note = "N: total parameters, tied embedding counted once; C in FLOPs; batch in tokens; "
     note += "loss in nats per token on the held-out set, ± the standard error of the evaluation."
+    yield f'<p class="note">{note}</p>'
+
+
+def where_time_went(content: Content) -> Iterator[Block]:
+    """Goodput of the run, and what the rest of its time was."""
+    time = goodput.total(t.get("time") or {} for t in content.trials)
+    if not (wall := sum(time.values())):
+        return
+    rows = [(goodput.PHASES[phase], duration(s), f"{100 * s / wall:.1f} %") for phase, s in time.items()]
+    yield f"<h2>Where the time went</h2><p>Goodput {100 * (goodput.share(time) or 0):.1f} %.</p>"
+    yield html_table(("phase", "time", "share"), rows)
+    note = "Wall time of all trials, one beside another counted twice, from the first attempt at each to its end."
     yield f'<p class="note">{note}</p>'
 
 
@@ -392,6 +407,7 @@ SECTIONS: tuple[Section, ...] = (
     minima,
     counts,
     trials,
+    where_time_went,
     provenance,
     misfitting,
 )

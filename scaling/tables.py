@@ -29,10 +29,12 @@ TERMINAL_FORMATS = {
     "loss": "{:.4f}",
     "bits_per_byte": "{:.4f}",
     "tokens_per_second": "{:,.0f}",
+    "goodput": "{:.0%}",
     "reason": "{}",
 }
 """The columns of a ledger that a terminal shows, in their order."""
 DISPENSABLE = (
+    "goodput",
     "bits_per_byte",
     "tokens_per_step",
     "tokens_per_second",

@@ -26,6 +26,7 @@ from llm_jax.training import mesh as meshes
 from llm_jax.training.checkpoint import Checkpoints
 from llm_jax.training.metrics import Metrics
 from llm_jax.training.optimizer import adamw, cooldown_start, learning_rates
+from llm_jax.training.preemption import Preempted
 from llm_jax.training.step import (
     REPLICAS,
     TrainState,
@@ -36,6 +37,7 @@ from llm_jax.training.step import (
     one_replica,
     replicate,
 )
+from llm_jax.training.watch import Watch
 
 Progress = Callable[[int, int, float], None]
 """progress(step, num_steps, training loss)."""
@@ -139,12 +141,16 @@ def train(
     branch_steps: Sequence[int] = (),
     progress: Progress = lambda step, total, loss: None,
     devices: Sequence[Any] | None = None,
+    told: Callable[[], bool] = lambda: False,
+    watch: Watch | None = None,
 ) -> Result:
     """Runs `cfg` (resolved) to its end in `folder`, from its last checkpoint where there is one, and evaluates. On `devices`, or all.
 
     On one mesh the bits of the result do not depend on where it was stopped and started. With the schedule wsd, `trunks` is a folder shared
     by runs that differ in their horizon: this run starts from the latest step saved there by another that is still its own
     past, and leaves its state there at `branch_steps` for others. A loss that is not finite ends the run as "failed".
+
+    `told` is asked once a call: whether to save and raise Preempted (see preemption.noticed). `watch` is told where time goes.
     """
     num_steps, per_call = cfg.num_steps, cfg.train.steps_per_call
     read = functools.partial(
@@ -160,6 +166,7 @@ def train(
     state = first_state(cfg, mesh, init_opt)
     tokenizer = prepared.tokenizer()
     with contextlib.ExitStack() as stack:  # whatever ends the run, a save under way is finished first
+        watch = watch or stack.enter_context(contextlib.closing(Watch(folder.name)))
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(folder / "checkpoints")))
         trunk = None
         if trunks and cfg.train.schedule == "wsd":
@@ -196,35 +203,47 @@ def train(
         bad_step = None
         clock: tuple[int, float] | None = None  # (step, time) after the first call, which compiles
         started = time.perf_counter()
+        watch.begin(step)
         while step < num_steps and bad_step is None:
             n = min(per_call - step % per_call, next(s for s in stops if s > step) - step)
+            watch.enter("data")
             rows_C = _stack([next(iterator) for _ in range(n)], per_call)
             rates_C = np.zeros(per_call, np.float32)
             rates_C[:n] = learning_rates(cfg.train, num_steps, np.arange(step, step + n))
             batches = pretrain.make_batch(rows_C["tokens"], tokenizer, cfg.data, rows_C.get("media"))
             batches = meshes.joined(batches, mesh, cfg.rows_per_step)
+            watch.dispatch(n, hidden=pending is not None and not pending[2]["nll"].is_ready())
             state, new = call(state, batches, rates_C, n)
             # The call runs while the metrics of the one before are written and the next rows are read.
             if pending:
                 bad_step = metrics.write(cfg, *pending)
+                metrics.write_seconds(pending[0] + pending[1], watch.finish())
                 clock = clock or (pending[0] + pending[1], time.perf_counter())
                 progress(pending[0] + pending[1], num_steps, metrics.last_loss)
             pending, step = (step, n, new | {"learning_rate": rates_C}), step + n
-            boundary = step % cfg.train.checkpoint_every < n or step == num_steps or step in branch_steps
+            leaves = told() and step < num_steps
+            boundary = step % cfg.train.checkpoint_every < n or step == num_steps or step in branch_steps or leaves
             evaluates = cfg.train.eval_every and step % cfg.train.eval_every < n and step < num_steps
             if bad_step is None and (boundary or evaluates):
                 bad_step, pending = metrics.write(cfg, *pending), None
+                metrics.write_seconds(step, watch.finish())
                 progress(step, num_steps, metrics.last_loss)
                 if bad_step is None and evaluates:
+                    watch.enter("evaluation")
                     metrics.write_evaluation(step, cfg, evaluate(params=whole(state).params))
                 if bad_step is None and boundary:
+                    watch.enter("checkpoint")
                     if trunk and step in branch_steps:  # first: a kill between the two must not lose the branch
                         trunk.save(step, whole(state))
                     checkpoints.save(step, whole(state))
+                    if leaves:
+                        raise Preempted(f"at step {step} of {num_steps}")
         ended = time.perf_counter()
+        watch.enter("evaluation")
         evaluation = evaluate(params=whole(state).params) if bad_step is None else None
         if evaluation:
             metrics.write_evaluation(step, cfg, evaluation)
+        watch.enter("checkpoint")  # the last one is waited for
     timing: dict[str, Any] = {"first_step": first_step, "seconds": ended - started}
     if clock and step > clock[0]:
         timing["tokens_per_second"] = (step - clock[0]) * int(cfg.train.tokens_per_step) / (ended - clock[1])

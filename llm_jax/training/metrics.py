@@ -57,6 +57,11 @@ class Metrics:
         line = {"step": step, "tokens": step * int(cfg.train.tokens_per_step)}
         self._write(line | {f"eval_{name}": value for name, value in evaluation._asdict().items()})
 
+    def write_seconds(self, step: int, seconds: float) -> None:
+        """Seconds a step of the call that ended with `step`, in TensorBoard alone: the lines are the same bits on every machine."""
+        if self._writes:
+            self._events.add_scalar("seconds_per_step", seconds, step)
+
     def _write(self, line: dict[str, Any]) -> None:
         if not self._writes:
             return

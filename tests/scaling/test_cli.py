@@ -117,7 +117,8 @@ def test_the_main_job(experiment, capsys, tmp_path):
         assert (status, out, err.count("\n")) == (2, "", 1)
         assert message in err
     status, out, _ = run(capsys, "status", folder)
-    assert out.splitlines()[-1] == "9 done"
+    assert out.splitlines()[-2] == "9 done"
+    assert re.fullmatch(r"goodput \d+ % of \d+ s: .*compilation \d+ %.*", out.splitlines()[-1])
 
     status, _, err = run(capsys, "sweep", experiment, "--model.dropout", 0.1)
     assert status == 2

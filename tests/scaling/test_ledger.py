@@ -82,13 +82,13 @@ def test_the_table_says_where_a_schedule_ends(small, tmp_path):
 
 
 def test_a_trial_has_one_holder(small, tmp_path):
-    """And none when its holder is gone: the kernel frees the lock, so that no time-out has to be guessed."""
+    """And none when its holder is gone: on one machine the kernel knows, so that no time-out has to be guessed."""
     folder = tmp_path / "run"
     make(folder, small)
     trial = ledger.trials(folder)[0].id
     code = (
         "import sys, time; from pathlib import Path; from scaling import ledger\n"
-        "with ledger.claim(Path(sys.argv[1]), sys.argv[2]) as mine: print(mine, flush=True); time.sleep(60)"
+        "with ledger.claim(Path(sys.argv[1]), sys.argv[2]) as mine: print(bool(mine), flush=True); time.sleep(60)"
     )
     command = [sys.executable, "-c", code, str(folder), trial]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
