@@ -23,6 +23,7 @@ from llm_jax.settings import BadInput, did_you_mean, fingerprint
 from llm_jax.training import hosts
 from llm_jax.training.preemption import EXIT_STATUS, Preempted
 from scaling.options import (
+    AotOptions,
     AttentionOptions,
     BacktestOptions,
     BenchCompareOptions,
@@ -324,6 +325,32 @@ def bench_sweep(options: BenchSweepOptions) -> None:
     print(jsonlib.dumps(tables.finite(found)) if options.json else sweep_speed.describe(found))
 
 
+def aot(options: AotOptions) -> int:
+    """Compiles a training step for a TPU slice and prints what was found; 1 where it does not fit."""
+    from scaling import aot as ahead
+    from scaling import experiment as experiments
+    from scaling import hardware, tables
+
+    hardware.tpu_slice(options.topology)
+    ahead.prepare()
+    base, _ = chosen_experiment(options)
+    point = {"depth": options.depth} if options.depth is not None else {}
+    config = experiments.trial(base.config, base.ladder, point).config
+    if options.find:
+        from scaling import mesh_search
+        from scaling.progress import progress
+
+        with progress("aot", options.tries, " programs") as update:
+            best = mesh_search.find(
+                config, options.topology, options.batches, options.tries, lambda done, _, what: update(done, what)
+            )
+        print(jsonlib.dumps(tables.finite(best)) if options.json else mesh_search.describe(best))
+        return 0 if best["best"] else 1
+    found = ahead.aot(config, options.topology, options.quick)
+    print(jsonlib.dumps(tables.finite(found)) if options.json else ahead.describe(found))
+    return 0 if found["fits"] else 1
+
+
 def report(options: ReportOptions) -> None:
     """Writes the report and prints its summary and its path."""
     from scaling import content
@@ -451,6 +478,7 @@ VERBS: dict[str, tuple[Any, Callable[[Any], int | None]]] = {
     "bench sweep": (BenchSweepOptions, bench_sweep),
     "bench moe": (BenchMoeOptions, bench_moe),
     "bench compare": (BenchCompareOptions, bench_compare),
+    "aot": (AotOptions, aot),
     "report": (ReportOptions, report),
     "data": (DataOptions, data),
     "explain": (ExplainOptions, explain),
@@ -472,8 +500,8 @@ def _usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a verb. Returns the exit status: 0, 1 where bench compare finds one slower, 2 for bad input, 75 when told to leave, 130 when
-    interrupted, 141 for a closed pipe."""
+    """Runs a verb. Returns the exit status: 0, 1 where aot finds that a program does not fit or bench compare one slower, 2 for bad input,
+    75 when told to leave, 130 when interrupted, 141 for a closed pipe."""
     try:
         status = _main(list(sys.argv[1:] if argv is None else argv))
     except Exception:

@@ -1,9 +1,13 @@
-"""Compute budgets: peak rates of chips by name, and FLOPs from device-hours or money. Prices are the user's to give."""
+"""Chips by name, with their published rates; TPU slices; and compute budgets: FLOPs from device-hours or money. Prices are the user's
+to give."""
 
 from __future__ import annotations
 
+import difflib
 import math
+import re
 from dataclasses import dataclass
+from typing import Any
 
 from llm_jax.settings import BadInput, did_you_mean
 
@@ -28,6 +32,60 @@ PEAK_FLOPS = {
     "tpu-v7": 2307e12,
 }
 """Dense bf16 FLOP/s of one chip at its boost clock, a multiplication and an addition being two."""
+
+
+@dataclass(frozen=True)
+class Slice:
+    """What a device of a TPU slice has, and which slices there are."""
+
+    chip: str
+    """Its name in PEAK_FLOPS."""
+    hbm_bytes: int
+    """That a program may use, as libtpu 0.0.42 says where one needs more; some of the chip's memory is its own."""
+    hbm_bandwidth: float
+    """Bytes a second."""
+    ici_bandwidth: float
+    """Bytes a second that it receives from its neighbours, over all links together."""
+    shapes: tuple[str, ...]
+    """Of chips."""
+    devices_per_chip: int = 1
+    options: tuple[tuple[str, Any], ...] = ()
+    """That libtpu wants beside the name."""
+
+
+_FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16", "16x16x16")
+_GIB = 2**30
+SLICES = {
+    # Google's Cloud TPU documentation, a page a version, "key chip specifications". Bandwidth between chips is half of what newer pages
+    # call bidirectional: 1,600, 4,800, 3,200, 2,400 and 4,800 Gbit/s each way.
+    "v4": Slice("tpu-v4", int(30.75 * _GIB), 1228e9, 300e9, _CUBES, options=(("chip_config_name", "megacore"),)),
+    "v5e": Slice("tpu-v5e", int(15.75 * _GIB), 819e9, 200e9, _FLAT),
+    "v5p": Slice("tpu-v5p", int(95.74 * _GIB), 2765e9, 600e9, _CUBES),
+    "v6e": Slice("tpu-v6e", int(31.25 * _GIB), 1600e9, 400e9, _FLAT),
+    # Two devices a chip, which share 192 GiB, 7,380 GB/s and 600 GB/s each way.
+    "tpu7x": Slice("tpu-v7", int(94.75 * _GIB), 3690e9, 300e9, _CUBES, devices_per_chip=2),
+}
+"""By the name that a topology begins with, as in v5e:16x16."""
+
+
+def tpu_slice(topology: str) -> Slice:
+    """What `topology` is made of. Raises BadInput, with the nearest, for one that there is not."""
+    version, _, shape = topology.lower().partition(":")
+    if version not in SLICES:
+        near = difflib.get_close_matches(version, SLICES, n=1, cutoff=0.3) or ["v5e"]
+        shape = shape if shape in SLICES[near[0]].shapes else SLICES[near[0]].shapes[0]
+        raise BadInput(
+            f'--topology "{topology}" is no TPU slice; did you mean "{near[0]}:{shape}"? Versions: {", ".join(SLICES)}'
+        )
+    shapes = SLICES[version].shapes
+    if shape not in shapes:
+        wanted = math.prod(int(n) for n in re.findall(r"\d+", shape)[:3]) or 1
+        near_shape = min(shapes, key=lambda one: abs(math.log(math.prod(map(int, one.split("x"))) / wanted)))
+        raise BadInput(
+            f'--topology "{topology}" is no TPU slice; did you mean "{version}:{near_shape}"? Of {version}: {", ".join(shapes)}'
+        )
+    return SLICES[version]
 
 
 @dataclass(frozen=True)

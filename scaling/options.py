@@ -256,6 +256,30 @@ class BenchCompareOptions:
 
 
 @dataclass(frozen=True)
+class AotOptions:
+    """Compile the training step for a TPU slice that is not there: memory, collectives, time. Exit status 1 where it does not fit."""
+
+    experiment: Annotated[Positional[Path | None], arg(metavar="EXPERIMENT.py")] = None
+    topology: str = "v5e:4x4"
+    """VERSION:CHIPS, such as v5e:16x16, v5p:4x8x8 (256 chips, sold as v5p-512), v6e:4x4 or tpu7x:2x2x1."""
+    model: Model = Model()
+    data: Data = Data()
+    train: Train = Train()
+    mesh: Mesh = Mesh()
+    depth: float | None = None
+    """Rung of the experiment's ladder; default: the base config, which no trial need have."""
+    quick: bool = False
+    """Compile with the least effort: several times faster, and memory differs by a few percent."""
+    find: bool = False
+    """Search meshes, microbatches and model.recompute for the fastest that fits; the best by a reckoning are compiled."""
+    batches: tuple[int, ...] = ()
+    """Tokens a step to search too, in place of the experiment's train.tokens_per_step."""
+    tries: int = 3
+    """Of --find: programs that fit, after which it stops."""
+    json: Json = False
+
+
+@dataclass(frozen=True)
 class BenchSweepOptions:
     """Time a whole sweep against starting one process a trial: trials an hour, compilation and start-up included."""
 

@@ -7,7 +7,7 @@ import pytest
 
 from llm_jax import kernels
 from llm_jax.kernels import attention as documents
-from llm_jax.kernels import cross_entropy, norm
+from llm_jax.kernels import cross_entropy, norm, splash
 from llm_jax.models import attention
 from llm_jax.training import losses
 
@@ -128,6 +128,44 @@ def test_attention_within_documents(causal, window, heads, width, numbered):
     for mine, plain in zip(kernel, wanted, strict=True):
         assert mine.dtype == dtype
         assert relative(mine, plain) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize(
+    ("window", "causal", "packed"),
+    [(None, True, True), (100, True, True), pytest.param(None, True, False, marks=pytest.mark.slow)],
+)
+def test_the_kernel_of_a_tpu_attends_as_the_plain_form_does(monkeypatch, window, causal, packed):
+    """Forwards and backwards, over several blocks and documents of uneven lengths, two query heads a key head: no TPU is asked here, and
+    a mask that is off by one would train on."""
+    monkeypatch.setattr(splash, "BLOCKS", (128,))
+    q, k, v, grad = (normal(seed, (1, 256, heads, 64)) for seed, heads in enumerate((2, 1, 1, 2)))
+    segment_BxT = jnp.asarray(np.repeat([0, 1, 2, 3], [100, 1, 27, 128])[None], jnp.int32) if packed else None
+
+    def gradients(attend):
+        y, back = jax.vjp(attend, q, k, v)
+        return y, *back(grad)
+
+    found = jax.jit(
+        lambda: gradients(lambda q, k, v: splash.attend(q, k, v, segment_BxT, window, causal, interpret=True))
+    )()
+    wanted = gradients(
+        lambda q, k, v: attention.attend_plain(q, k, v, window=window, segment_BxT=segment_BxT, causal=causal)
+    )
+    for one, other in zip(found, wanted, strict=True):
+        assert relative(one, other) < 1e-6
+
+
+def test_kernels_are_those_of_the_devices_that_a_program_is_for():
+    """A program that is compiled here for a TPU must not take this machine's kernels, nor this machine's programs a TPU's."""
+    device = jax.sharding.AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
+    there = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device)
+    assert kernels.platform() == jax.default_backend()
+    assert not splash.serves(256, 256, 64)
+    with jax.sharding.use_abstract_mesh(there):
+        assert kernels.platform() == "tpu"
+        assert splash.serves(256, 256, 64)
+        assert not splash.serves(256, 512, 64) and not splash.serves(200, 200, 64) and not splash.serves(256, 256, 32)
+    assert kernels.platform() == jax.default_backend()
 
 
 def test_blocks_of_other_documents_are_left_out():

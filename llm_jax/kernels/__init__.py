@@ -10,9 +10,15 @@ CACHE_BYTES = 2**25
 """An array up to this size stays in a GPU's L2 cache (50 MB on an H100), where passes over it cost next to nothing."""
 
 
+def platform() -> str:
+    """What programs traced now are for, "cpu", "gpu" or "tpu": the devices of their mesh, which need not be here, else JAX's default."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device is not None else jax.default_backend()
+
+
 def used() -> bool:
     """Whether programs traced now run the kernels: on a GPU."""
-    return jax.default_backend() == "gpu"
+    return platform() == "gpu"
 
 
 def pay_for(x: jax.Array) -> bool:

@@ -1,4 +1,4 @@
-"""Attention: cuDNN's where it serves, else plain matrix products, which it is held to."""
+"""Attention: cuDNN's, or a TPU's kernel, where they serve, else plain matrix products, which they are held to."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from jax.sharding import PartitionSpec
 
 from llm_jax import axes, kernels
 from llm_jax.kernels import attention as documents
+from llm_jax.kernels import splash
 from llm_jax.parts import in_blocks
 
 
@@ -80,6 +81,8 @@ def attend(
 def _attend(q_BxTxNxH, k_BxSxKxH, v_BxSxKxH, segment_BxT, visible_BxS, offset, *, window, causal):
     q, offset_or_visible = q_BxTxNxH, offset is not None or visible_BxS is not None
     queries, width = q.shape[1], q.shape[3]
+    if not offset_or_visible and splash.serves(queries, k_BxSxKxH.shape[1], width):
+        return splash.attend(q, k_BxSxKxH, v_BxSxKxH, segment_BxT, window, causal)
     fits = kernels.used() and not offset_or_visible and q.dtype == jnp.bfloat16 and width % 8 == 0 and width <= 128
     if fits and segment_BxT is None:
         sees = (window - 1, 0) if window else None

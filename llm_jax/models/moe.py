@@ -21,9 +21,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.experimental.pallas.ops.tpu.megablox import gmm
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
-from llm_jax import axes
+from llm_jax import axes, kernels
 from llm_jax.config import Experts, Model
 from llm_jax.models.layers import activate, normal, normal_out, project
 from llm_jax.settings import BadInput
@@ -188,12 +189,34 @@ def ragged_product(x_PxQxD: jax.Array, kernel_ExDxF: jax.Array, expert_P: jax.Ar
     return jax.lax.ragged_dot(x_PxQxD.reshape(-1, width), kernel_ExDxF, size_E).reshape(blocks, rows, -1)
 
 
+LANES, TILE = 128, (512, 1024, 1024)
+"""Of a TPU's registers; and rows, inputs and outputs that its kernel holds: 10 MB with two tiles of each on their way."""
+
+
+def tiled_product(
+    x_PxQxD: jax.Array, kernel_ExDxF: jax.Array, expert_P: jax.Array, interpret: bool = False
+) -> jax.Array:
+    """The same by JAX's grouped matmul for TPUs, megablox (Gale et al. 2022), for matrices of whole LANES: no copies of them.
+
+    `jax.lax.ragged_dot` has a TPU kernel too, but not for the gradient of the matrices, where each expert takes all rows (libtpu 0.0.42).
+    """
+    blocks, rows, width = x_PxQxD.shape
+    size_E = rows * _one_hot(expert_P, kernel_ExDxF.shape[0]).sum(0, dtype=jnp.int32)
+    sides = (blocks * rows, *kernel_ExDxF.shape[1:])
+    tile = (math.gcd(TILE[0], sides[0]), *(min(most, side) for most, side in zip(TILE[1:], sides[1:], strict=True)))
+    flat = gmm(x_PxQxD.reshape(-1, width), kernel_ExDxF, size_E, x_PxQxD.dtype, tile, interpret=interpret)
+    return flat.reshape(blocks, rows, -1)
+
+
 def _experts(cfg: Model, params: Params, x_PxQxD: jax.Array, expert_P: jax.Array | None) -> jax.Array:
     """Each block through its expert; block p through expert p where `expert_P` is None."""
 
     def product(x_PxQxD, name):
         kernel = params[name].astype(x_PxQxD.dtype)
-        return x_PxQxD @ kernel if expert_P is None else grouped_product(x_PxQxD, kernel, expert_P)
+        if expert_P is None:
+            return x_PxQxD @ kernel
+        tiled = kernels.platform() == "tpu" and all(side % LANES == 0 for side in kernel.shape[1:])
+        return (tiled_product if tiled else grouped_product)(x_PxQxD, kernel, expert_P)
 
     gate_PxQxF = product(x_PxQxD, "gate") if cfg.mlp == "swiglu" else None
     return product(activate(cfg.mlp, product(x_PxQxD, "up"), gate_PxQxF), "down")
@@ -357,5 +380,7 @@ def expert_parallel(cfg: Model, params: Any, x_BxTxD: jax.Array, mesh: Mesh | Ab
         y_MxD, routing = mixture(cfg, params, x_MxD, train, exchange, lambda sums: axes.total(sums, rows))
         return axes.total(y_MxD, partial).reshape(x_BxTxD.shape), routing
 
+    # Before they are gathered: half the bytes in bfloat16. The router computes in float32.
+    params = {name: leaf if name.startswith("router") else leaf.astype(x_BxTxD.dtype) for name, leaf in params.items()}
     mapped = jax.shard_map(local, mesh=mesh, in_specs=(specs, rows), out_specs=(rows, PartitionSpec()), check_vma=False)
     return mapped(params, x_BxTxD)

@@ -74,7 +74,7 @@ def compiled_call(model: Model, train: Train, prefix: int, mesh: Mesh | None = N
     optimizer, pmapped = adamw(train), train.compile == "pmap"
     loss_fn, adjust = pretrain.loss_fn(model, train, prefix), pretrain.adjust_fn(model, train.freeze)
     step = make_train_step(loss_fn, optimizer, train.grad_accumulation, adjust, REPLICAS if pmapped else None)
-    options = {"compiler_options": kernels.compiler_options(model.d_model)}
+    options = {"compiler_options": meshes.traced(mesh, kernels.compiler_options)(model.d_model)}
     if mesh is None:
         return make_train_call(step, train.steps_per_call, **options), jax.jit(optimizer.init)
     state, whole = meshes.state_shardings(mesh, model, abstract_state(model, train)), meshes.replicated(mesh)

@@ -464,3 +464,22 @@ def test_experts_that_do_not_divide_are_refused():
     model = replace(SMALL, experts=VARIANTS["expert choice"])
     with pytest.raises(BadInput, match="not spread over devices"):
         moe.expert_parallel(model, layer(model), jnp.zeros((2, 3, 16)), mesh)
+
+
+@pytest.mark.usefixtures("mixed_dtypes", "quick_compilation")
+def test_the_grouped_matmul_of_a_tpu_equals_the_batched_product():
+    """Forwards and backwards, with an expert that has no block, and tiles that no block fills: no TPU is asked here."""
+    rng = np.random.default_rng(0)
+    x_PxQxD, kernel_ExDxF, grad_PxQxF = (
+        jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((6, 32, 128), (4, 128, 128), (6, 32, 128))
+    )
+    expert_P = jnp.asarray([0, 0, 1, 3, 3, 3], jnp.int32)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def through(product):
+        y, back = jax.vjp(lambda x, kernel: product(x, kernel, expert_P), x_PxQxD, kernel_ExDxF)
+        return y, *back(grad_PxQxF)
+
+    found, wanted = through(functools.partial(moe.tiled_product, interpret=True)), through(moe.grouped_product)
+    jax.tree.map(functools.partial(assert_close, tolerance=1e-5), found, wanted)
+    assert not np.asarray(found[2][2]).any()
