@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
-from llm_jax.components import Experts, Media
+from llm_jax.components import Experts, Media, Mesh, Synthetic
 from llm_jax.settings import HOW, BadInput, check_types, did_you_mean, fingerprint, given, require, what
 
 RULE: Literal["rule"] = "rule"
@@ -227,28 +227,6 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Synthetic:
-    """A source of unlimited text whose entropy rate is known exactly; see llm_jax/data/synthetic.py."""
-
-    keys: int = 16_384
-    """Contexts, drawn by a Zipf law."""
-    exponent: float = 1.3
-    """Of the Zipf law: p_k proportional to k^-exponent."""
-    noise: float = 0.1
-    """Chance that an answer is drawn uniformly and not from the table."""
-    documents: int = 20_000
-    """Of about 1,000 characters each."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_types(self, "data.synthetic")
-        require(2 <= self.keys <= 26**3, f"data.synthetic.keys must lie in [2, {26**3}], got {self.keys}")
-        require(self.exponent > 0, f"data.synthetic.exponent must be positive, got {self.exponent}")
-        require(0 <= self.noise < 1, f"data.synthetic.noise must lie in [0, 1), got {self.noise}")
-        require(self.documents >= 2, f"data.synthetic.documents must be at least 2, got {self.documents}")
-
-
-@dataclass(frozen=True)
 class Data:
     """Where tokens come from and how they are cut into rows."""
 
@@ -387,34 +365,6 @@ class Train:
         require(self.epsilon > 0, f"train.epsilon must be positive, got {self.epsilon}")
         require(0 < self.decay_fraction <= 1, f"train.decay_fraction must lie in (0, 1], got {self.decay_fraction}")
         require(0 <= self.final_lr <= 1, f"train.final_lr is a share of the peak in [0, 1], got {self.final_lr}")
-
-
-@dataclass(frozen=True)
-class Mesh:
-    """How the devices of all hosts share the work, as the sizes of five axes. The same model is trained, to rounding, and a checkpoint of
-    one mesh goes on with any other: no part of a trial's identity. Only model.experts.capacity_factor counts for each device alone.
-
-    One axis may be -1, the rest of the devices; where that is more than there are rows for, some stay idle. Rows of a step are spread
-    over data, fsdp and expert."""
-
-    data: int = -1
-    """Copies of the parameters, each with rows of its own."""
-    fsdp: int = 1
-    """Parameters and the optimizer's state are spread over it, and gathered where they are needed (ZeRO, Rajbhandari et al. 2020)."""
-    tensor: int = 1
-    """Heads, the MLP's hidden layer and the vocabulary are spread over it (Megatron-LM, Shoeybi et al. 2019)."""
-    expert: int = 1
-    """Experts are spread over it, and tokens sent to them (GShard, Lepikhin et al. 2020)."""
-    sequence: int = 1
-    """Positions of a row are spread over it; keys and values are gathered (context parallelism, Llama 3, 2024, section 3.3.2)."""
-
-    def __post_init__(self) -> None:
-        check_types(self, "mesh")
-        sizes = asdict(self)
-        for name, size in sizes.items():
-            require(size > 0 or size == -1, f"mesh.{name} must be positive, or -1 for the rest, got {size}")
-        rest = [name for name, size in sizes.items() if size == -1]
-        require(len(rest) < 2, f"mesh.{' and mesh.'.join(rest)} cannot all be -1, the rest; give all but one")
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_jax.config import Config
 from llm_jax.settings import BadInput
 from llm_jax.training.preemption import Preempted
 from scaling import ledger
-from scaling.progress import progress
+from scaling.progress import prepared_data, progress
 
 if TYPE_CHECKING:
     from llm_jax.data.prepare import Prepared
@@ -72,14 +71,6 @@ def ready(launcher: str) -> None:
             raise BadInput(
                 "--launcher ray found no cluster; begin one with ray start --head, or give RAY_ADDRESS"
             ) from None
-
-
-def prepared_data(config: Config) -> Prepared:
-    """The data of a config, prepared where that has not been done, with progress."""
-    from llm_jax.data import prepare
-
-    with progress("data", 1.0, "") as update:
-        return prepare.prepare(config, lambda what, done, total: update(done / total if total else 0.0, what))
 
 
 def work(folder: Path, index: int, workers: int) -> None:

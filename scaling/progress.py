@@ -6,6 +6,11 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from llm_jax.config import Config
+    from llm_jax.data.prepare import Prepared
 
 DELAY_SECONDS, LINE_SECONDS = 2.0, 60.0
 
@@ -56,3 +61,11 @@ def _short(value: float) -> str:
         if value >= size:
             return f"{value / size:.1f}{letter}"
     return f"{value:.1f}"
+
+
+def prepared_data(config: Config) -> Prepared:
+    """The data of a config, prepared where that has not been done, with progress."""
+    from llm_jax.data import prepare
+
+    with progress("data", 1.0, "") as update:
+        return prepare.prepare(config, lambda what, done, total: update(done / total if total else 0.0, what))

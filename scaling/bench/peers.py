@@ -3,7 +3,7 @@
     llm-jax bench train --peer nanodo=CHECKOUT --peer nanogpt=CHECKOUT ...
 
 A peer's model comes from the checkout that is named; its step is what its own training loop does with it. Each contender, ours too, is a
-process of its own (`python -m scaling.peers NAME [CHECKOUT]`), since JAX and torch both take hold of a GPU and neither belongs in the
+process of its own (`python -m scaling.bench.peers NAME [CHECKOUT]`), since JAX and torch both take hold of a GPU and neither belongs in the
 other's process. They take turns: on a CPU call by call, as its speed wanders by more than what is measured; on a GPU, whose memory holds
 one of them at a time, in two turns each. Medians are over all rounds.
 
@@ -29,14 +29,15 @@ from typing import IO, Any
 
 from llm_jax.config import Config
 from llm_jax.settings import BadInput, did_you_mean, from_dict, to_dict
-from scaling import ledger, throughput
+from scaling import ledger
+from scaling.bench import training
 from scaling.progress import progress
 
 OURS = "llm_jax"
 GPU_TURNS = 2
 
 Contender = tuple[dict[str, Any], Callable[[], dict[str, Any]]]
-"""What is known before a step is timed, and round_() -> at least "seconds" a step and "loss"; see throughput.timed."""
+"""What is known before a step is timed, and round_() -> at least "seconds" a step and "loss"; see training.timed."""
 
 
 # ---- What a peer can express ----
@@ -109,8 +110,8 @@ def parse(words: Sequence[str]) -> dict[str, Path]:
 
 def ours(cfg: Config, checkout: Path) -> Contender:
     """This package; `checkout` is not read."""
-    facts, round_ = throughput.start(cfg)
-    return facts, lambda: throughput.timed(round_)
+    facts, round_ = training.start(cfg)
+    return facts, lambda: training.timed(round_)
 
 
 def nanodo(cfg: Config, checkout: Path) -> Contender:
@@ -169,11 +170,11 @@ def nanodo(cfg: Config, checkout: Path) -> Contender:
         return {"seconds": (time.perf_counter() - began) / len(batches), "loss": value}
 
     facts = {
-        "device": throughput.device_name(),
+        "device": training.device_name(),
         "platform": jax.default_backend(),
         "framework": f"jax {jax.__version__}, flax {flax.__version__}",
         "n_params": sum(x.size for x in jax.tree.leaves(params)),
-        "memory_bytes": throughput.needed_bytes(compiled),
+        "memory_bytes": training.needed_bytes(compiled),
         "compile_seconds": compile_seconds,
     }
     return facts, round_
@@ -246,7 +247,7 @@ def serve(name: str, checkout: Path, lines: IO[str], answers: IO[str]) -> None:
         print(json.dumps(found), file=answers, flush=True)
 
     facts, round_ = CONTENDERS[name](from_dict(Config, json.loads(lines.readline())), checkout)
-    for _ in range(throughput.WARM_UP):
+    for _ in range(training.WARM_UP):
         round_()
     answer(facts)
     for _ in lines:
@@ -260,7 +261,7 @@ def serve(name: str, checkout: Path, lines: IO[str], answers: IO[str]) -> None:
 def process(name: str, cfg: Config, checkout: Path) -> Iterator[Callable[[], dict[str, Any]]]:
     """ask() of a contender that is started here: the first answer is its facts, the others are rounds. BadInput, with the last line
     of what it wrote to stderr, where it ends unasked."""
-    command = [sys.executable, "-m", "scaling.peers", name, str(checkout)]
+    command = [sys.executable, "-m", "scaling.bench.peers", name, str(checkout)]
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
         child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True)
         assert child.stdin is not None and child.stdout is not None
@@ -292,15 +293,15 @@ def process(name: str, cfg: Config, checkout: Path) -> Iterator[Callable[[], dic
 
 
 def bench(cfg: Config, checkouts: Mapping[str, Path]) -> dict[str, Any]:
-    """`llm-jax bench train --peer`: what throughput.record has of ours, and under "peers" of each other one its framework, n_params,
+    """`llm-jax bench train --peer`: what training.record has of ours, and under "peers" of each other one its framework, n_params,
     seconds_per_step with fastest and slowest, tokens_per_second, compile_seconds, memory, and ratio, ours over its tokens a second.
 
     `cfg` is resolved. BadInput for what a peer cannot express, and for one that does not start.
     """
-    throughput.check(cfg)
+    training.check(cfg)
     check(cfg, checkouts)
     facts, rounds = _take_turns(cfg, {OURS: Path(), **checkouts})
-    found = throughput.record(cfg, facts[OURS], rounds[OURS])
+    found = training.record(cfg, facts[OURS], rounds[OURS])
     peers = {name: _facts_of_peer(cfg, facts[name], rounds[name]) for name in checkouts}
     for peer in peers.values():
         peer["ratio"] = found["tokens_per_second"] / peer["tokens_per_second"]
@@ -311,10 +312,10 @@ def _take_turns(cfg: Config, contenders: Mapping[str, Path]) -> tuple[dict[str, 
     """Facts and rounds by contender."""
     facts: dict[str, Any] = {}
     rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}
-    turns = throughput.ROUNDS
+    turns = training.ROUNDS
     with contextlib.ExitStack() as stack, progress("bench", turns * len(contenders), " rounds") as update:
         alive: dict[str, Callable[[], dict[str, Any]]] = {}
-        while len(rounds[list(contenders)[-1]]) < throughput.ROUNDS:
+        while len(rounds[list(contenders)[-1]]) < training.ROUNDS:
             for name, checkout in contenders.items():
                 update(sum(map(len, rounds.values())), name)
                 with contextlib.ExitStack() as turn:
@@ -327,7 +328,7 @@ def _take_turns(cfg: Config, contenders: Mapping[str, Path]) -> tuple[dict[str, 
                             stack.push(turn.pop_all())
                         else:
                             turns = GPU_TURNS
-                    rounds[name] += [ask() for _ in range(throughput.ROUNDS // turns)]
+                    rounds[name] += [ask() for _ in range(training.ROUNDS // turns)]
     return facts, rounds
 
 
@@ -350,7 +351,7 @@ def _facts_of_peer(cfg: Config, facts: dict[str, Any], rounds: Sequence[dict[str
 
 def describe(found: dict[str, Any]) -> str:
     """The table for people: ours in full, then a line a peer."""
-    lines = [throughput.describe(found), "", f"{'':16} {'tokens a second':>15} {'ms a step':>10} {'ours, times':>11}"]
+    lines = [training.describe(found), "", f"{'':16} {'tokens a second':>15} {'ms a step':>10} {'ours, times':>11}"]
     for name, one in {OURS: found, **found["peers"]}.items():
         ratio = f"{one['ratio']:.2f}" if "ratio" in one else ""
         lines.append(

@@ -9,7 +9,8 @@ import pytest
 from llm_jax import parts
 from llm_jax.config import Config, Data, Experts, Mesh, Model, Train
 from llm_jax.settings import BadInput
-from scaling import cli, throughput
+from scaling import cli
+from scaling.bench import training
 from scaling.experiment import Ladder, trial
 
 SMALL = Config(
@@ -21,27 +22,27 @@ def test_model_flops_are_those_of_the_convention():
     """6 N + 12 L D S, in the shape for which PaLM's appendix B writes it down; of experts, the active parameters."""
     model = Model(num_layers=3, d_model=48, num_heads=4)
     cfg = replace(SMALL, model=model, data=Data(context=32), train=Train())
-    assert throughput.model_flops(cfg) == 6 * parts.num_params(model) + 12 * 3 * 48 * 32
+    assert training.model_flops(cfg) == 6 * parts.num_params(model) + 12 * 3 * 48 * 32
     mixture = replace(model, experts=Experts(8, 2))
-    sparse = throughput.model_flops(replace(cfg, model=mixture))
+    sparse = training.model_flops(replace(cfg, model=mixture))
     assert sparse == 6 * parts.num_params_active(mixture, 32) + 12 * 3 * 48 * 32
     assert sparse < 6 * parts.num_params(mixture)
 
 
 def test_figures_of_a_step_follow_from_each_other(mixed_dtypes, monkeypatch):
-    monkeypatch.setattr(throughput, "ROUNDS", 3)
+    monkeypatch.setattr(training, "ROUNDS", 3)
     monkeypatch.setattr(
-        throughput, "_product_seconds", lambda: (2 * throughput.MATRIX**3 / 1e9, 2 * throughput.MATRIX**3 / 2e9)
+        training, "_product_seconds", lambda: (2 * training.MATRIX**3 / 1e9, 2 * training.MATRIX**3 / 2e9)
     )
     cfg = trial(SMALL, Ladder(), {}).config
-    found = throughput.bench_train(cfg)
+    found = training.bench_train(cfg)
     assert found["fastest"] <= found["seconds_per_step"] <= found["slowest"]
     assert found["tokens_per_second"] == pytest.approx(16 / found["seconds_per_step"])
     assert found["mfu"] == pytest.approx(found["tokens_per_second"] * found["flops_per_token"] / 1e9)
     assert found["cpu_mfu"] == pytest.approx(16 * found["flops_per_token"] / found["cpu_seconds_per_step"] / 2e9)
     assert found["memory_bytes"] > 3 * 4 * parts.num_params(cfg.model), "parameters and two moments"
     assert 0 < found["loss"] < 10
-    assert "NumPy" in throughput.describe(found)
+    assert "NumPy" in training.describe(found)
 
 
 @pytest.mark.parametrize(
@@ -49,25 +50,25 @@ def test_figures_of_a_step_follow_from_each_other(mixed_dtypes, monkeypatch):
 )
 def test_a_device_finds_its_peak(kind, peak):
     """By its name in the data sheet; the more particular of two that fit."""
-    assert throughput._peak(kind, [])[0] == peak
+    assert training._peak(kind, [])[0] == peak
 
 
 def test_an_unknown_device_has_no_utilisation():
     """A wrong peak would print a plausible percentage; none at all is not a number, and null in JSON."""
-    assert math.isnan(throughput._peak("Quantum 9000", [])[0])
+    assert math.isnan(training._peak("Quantum 9000", [])[0])
 
 
 def test_what_has_no_step_is_refused(capsys):
     with pytest.raises(BadInput, match="ngram is counted"):
-        throughput.bench_train(replace(SMALL, model=Model(family="ngram")))
+        training.bench_train(replace(SMALL, model=Model(family="ngram")))
     for several in (replace(SMALL, train=replace(SMALL.train, compile="pmap")), replace(SMALL, mesh=Mesh(data=2))):
         with pytest.raises(BadInput, match="the benches time one device"):
-            throughput.bench_train(several)
+            training.bench_train(several)
     assert cli.main(["bench", "trian"]) == 2
     assert 'did you mean "bench train"' in capsys.readouterr().err
 
 
 def test_json_is_one_object(capsys, monkeypatch):
-    monkeypatch.setattr(throughput, "bench_train", lambda cfg: {"d_model": cfg.model.d_model, "mfu": float("nan")})
+    monkeypatch.setattr(training, "bench_train", lambda cfg: {"d_model": cfg.model.d_model, "mfu": float("nan")})
     assert cli.main(["bench", "train", "--model.d_model", "32", "--model.num_heads", "2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"d_model": 32, "mfu": None}

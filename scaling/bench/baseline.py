@@ -215,8 +215,8 @@ def _numbers(tree: Mapping[str, Any], prefix: str = "") -> list[str]:
 
 
 def device() -> str:
-    """throughput.device_name() by a process that ends: this one must not hold the GPU that the benches need."""
-    code = "from scaling.throughput import device_name; print(device_name())"
+    """training.device_name() by a process that ends: this one must not hold the GPU that the benches need."""
+    code = "from scaling.bench.training import device_name; print(device_name())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     if done.returncode:
         raise BadInput(f"JAX finds no device: {(done.stderr.strip().splitlines() or ['?'])[-1]}")

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from llm_jax.settings import BadInput
-from scaling import baseline, cli
+from scaling import cli
+from scaling.bench import baseline
 from scaling.parsing import parse
 
 REPO = Path(__file__).resolve().parents[2]

@@ -4,7 +4,8 @@ import pytest
 
 from llm_jax.data import prepare
 from llm_jax.settings import BadInput
-from scaling import cli, experiment, sweep_speed
+from scaling import cli, experiment
+from scaling.bench import sweeps
 
 TINY = """
 from llm_jax.config import Data, Mesh, Model, Synthetic, Train
@@ -39,21 +40,21 @@ def test_trials_an_hour_by_hand(path, monkeypatch):
         return (10.0 if axes else 20.0), rows
 
     monkeypatch.setattr(prepare, "prepare", lambda config: None)
-    monkeypatch.setattr(sweep_speed, "_timed", timed)
-    found = sweep_speed.bench_sweep(path, 2)
+    monkeypatch.setattr(sweeps, "_timed", timed)
+    found = sweeps.bench_sweep(path, 2)
     assert calls[0] == []
     assert calls[1:] == [["--axis", "model.d_model", str(d), "--axis", "train.tokens", "2560"] for d in (16, 24)]
     assert (found["sweep_per_hour"], found["alone_per_hour"], found["ratio"]) == (720, 360, 2)
     assert (found["shapes"], found["training_seconds"]) == (2, 12)
     assert found["loss_difference"] == pytest.approx(0.005)
-    assert "x 2.00" in sweep_speed.describe(found)
+    assert "x 2.00" in sweeps.describe(found)
 
 
 def test_bad_input_is_refused_before_anything_runs(path, monkeypatch, capsys):
     monkeypatch.setattr(prepare, "prepare", lambda config: pytest.fail("prepared"))
     for number in (0, 5):
         with pytest.raises(BadInput, match=r"--alone must lie in \[1, 4\]"):
-            sweep_speed.bench_sweep(path, number)
+            sweeps.bench_sweep(path, number)
     assert cli.main(["bench", "swep", str(path)]) == 2
     assert 'did you mean "bench sweep"' in capsys.readouterr().err
 
@@ -61,7 +62,7 @@ def test_bad_input_is_refused_before_anything_runs(path, monkeypatch, capsys):
 @pytest.mark.slow
 def test_both_sides_train_the_same_trials_to_the_same_bits(path):
     """On a CPU a trial's bits do not depend on what ran beside it."""
-    found = sweep_speed.bench_sweep(path, 1)
+    found = sweeps.bench_sweep(path, 1)
     assert found["loss_difference"] == 0
     assert found["alone_seconds"] < found["sweep_seconds"]
     assert found["training_seconds"] < found["sweep_seconds"]

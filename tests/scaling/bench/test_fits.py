@@ -6,15 +6,16 @@ import numpy as np
 import pytest
 from simulated import CHINCHILLA, runs
 
-from scaling import accelerated, bench, cli, solver, uncertainty
+from scaling import accelerated, cli, solver, uncertainty
+from scaling.bench import fits
 from scaling.fit import fit
 
 
 def test_the_published_loop_minimises_what_ours_does():
     """A slower or another objective on the other side would make ours look fast for nothing."""
     table = runs(noise=0.01)
-    result = fit(CHINCHILLA, table, bench.OBJECTIVE)
-    loss = bench.Published(*(np.log(table.column(name)) for name in ("N_params", "D_tokens", "loss")))
+    result = fit(CHINCHILLA, table, fits.OBJECTIVE)
+    loss = fits.Published(*(np.log(table.column(name)) for name in ("N_params", "D_tokens", "loss")))
     weights = np.arange(15.0)
     assert loss.value(result.theta, np.ones(15)) == pytest.approx(result.value, rel=1e-12)
     for theta in result.theta, result.theta * 1.02, np.array([25.0, 0.0, -1.0, 0.0, 2.0]):
@@ -29,7 +30,7 @@ def test_autograd_is_the_same_gradient():
     """The published way, where it is installed."""
     pytest.importorskip("autograd")
     table = runs(noise=0.01)
-    loss = bench.Published(*(np.log(table.column(name)) for name in ("N_params", "D_tokens", "loss")))
+    loss = fits.Published(*(np.log(table.column(name)) for name in ("N_params", "D_tokens", "loss")))
     value, gradient = loss.gradients()["by autograd"]
     theta, weights = np.array([4.0, 4.0, -0.5, 0.3, 0.4]), np.arange(15.0)
     assert value(theta, weights) == pytest.approx(loss.value(theta, weights), rel=1e-12)
@@ -38,15 +39,15 @@ def test_autograd_is_the_same_gradient():
 
 def test_the_grid_is_that_of_the_paper():
     """Hoffmann et al. 2022, appendix D.3: 4,500 starts."""
-    assert bench.STARTS_SxP.shape == (4500, 5)
-    assert len(np.unique(bench.STARTS_SxP, axis=0)) == 4500
-    np.testing.assert_array_equal(bench.STARTS_SxP.max(0), [25, 25, 1, 2, 2])
+    assert fits.STARTS_SxP.shape == (4500, 5)
+    assert len(np.unique(fits.STARTS_SxP, axis=0)) == 4500
+    np.testing.assert_array_equal(fits.STARTS_SxP.max(0), [25, 25, 1, 2, 2])
 
 
 def small(**kinds):
-    table = bench.simulated()
-    starts = bench.STARTS_SxP[np.random.default_rng(1).choice(4500, 30, replace=False)]
-    return bench.measure(table, "simulated", starts_SxP=starts, resamples=40, many=50, sample=(20, 8), **kinds)
+    table = fits.simulated()
+    starts = fits.STARTS_SxP[np.random.default_rng(1).choice(4500, 30, replace=False)]
+    return fits.measure(table, "simulated", starts_SxP=starts, resamples=40, many=50, sample=(20, 8), **kinds)
 
 
 def test_both_sides_find_the_same_and_what_was_scaled_up_is_said():
@@ -63,7 +64,7 @@ def test_both_sides_find_the_same_and_what_was_scaled_up_is_said():
     assert boots["lower"]["scipy"] == 0
     for by in boots["percentiles"].values():
         np.testing.assert_allclose(by["ours"], by["scipy"], rtol=0.05)
-    text = bench.describe(found)
+    text = fits.describe(found)
     assert "timed 20 of 30" in text
     assert "timed 8 of 40" in text
     assert small(full=True)["bootstrap"]["scipy"]["timed"] == 40
@@ -81,7 +82,7 @@ def test_the_command_line(capsys, tmp_path):
 def test_json_is_one_object(capsys, monkeypatch):
     """Programs read it: numbers only, and the accelerator's part where there is none is null."""
     measured = small()
-    monkeypatch.setattr(bench, "measure", lambda table, name, full, note: measured)
+    monkeypatch.setattr(fits, "measure", lambda table, name, full, note: measured)
     assert cli.main(["bench", "fit", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["rows"] == 240
@@ -94,7 +95,7 @@ def test_many_bootstraps_go_to_the_accelerator_and_find_the_same(monkeypatch):
     calls = []
     minimise = accelerated.minimise
     monkeypatch.setattr(accelerated, "minimise", lambda *args: calls.append(len(args[1])) or minimise(*args))
-    table = bench.simulated()
+    table = fits.simulated()
     result = fit(CHINCHILLA, table)
     plain = uncertainty.bootstrap(result, table, 60)
     assert not calls
@@ -109,7 +110,7 @@ def test_many_bootstraps_go_to_the_accelerator_and_find_the_same(monkeypatch):
 
 def test_the_memory_trick_and_the_threads_change_no_answer(monkeypatch):
     """Chunks on one core or several, large or small, are the same problems: the same bits."""
-    table = bench.simulated()
+    table = fits.simulated()
     result = fit(CHINCHILLA, table)
     monkeypatch.setattr(solver, "cores", lambda: 3)
     monkeypatch.setattr(solver, "CHUNK", 12_000)

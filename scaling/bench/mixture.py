@@ -13,7 +13,7 @@ import numpy as np
 
 from llm_jax.config import Config, Data, Experts, Model, Train
 from llm_jax.settings import BadInput
-from scaling import throughput
+from scaling.bench import training
 
 EXPERTS = Experts(8, 2, granularity=2)
 """Where the config has none: 8 of half the MLP's width, 2 a token."""
@@ -49,23 +49,23 @@ def with_experts(cfg: Config) -> Config:
 def bench_moe(cfg: Config) -> dict[str, Any]:
     """`llm-jax bench moe` of a resolved config with experts.
 
-    Under "mixture" and "dense" what throughput.record has of each; "ratio", the mixture's tokens a second over the dense model's, and
+    Under "mixture" and "dense" what training.record has of each; "ratio", the mixture's tokens a second over the dense model's, and
     "cpu_ratio", the same by CPU time (None on a GPU); "busiest", the load of the busiest expert after the timed steps, over the mean,
     averaged over layers: 1 is even.
     """
-    throughput.check(cfg)
+    training.check(cfg)
     if not cfg.model.experts.number:
         raise BadInput("bench moe times a mixture; give model.experts.number, for instance 8")
     configs = {"mixture": cfg, "dense": replace(cfg, model=dense_twin(cfg.model))}
-    started = {name: throughput.start(one) for name, one in configs.items()}
-    for _ in range(throughput.WARM_UP):
+    started = {name: training.start(one) for name, one in configs.items()}
+    for _ in range(training.WARM_UP):
         for _, round_ in started.values():
             round_()
     rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in started}
-    for _ in range(throughput.ROUNDS):
+    for _ in range(training.ROUNDS):
         for name, (_, round_) in started.items():
-            rounds[name].append(throughput.timed(round_))
-    found = {name: throughput.record(configs[name], facts, rounds[name]) for name, (facts, _) in started.items()}
+            rounds[name].append(training.timed(round_))
+    found = {name: training.record(configs[name], facts, rounds[name]) for name, (facts, _) in started.items()}
     load_LxE = np.asarray(started["mixture"][1]()[1]["expert_load"][-1])
     cpu = {name: one["cpu_seconds_per_step"] for name, one in found.items()}
     return found | {

@@ -7,7 +7,8 @@ import pytest
 from llm_jax import ladder, parts
 from llm_jax.config import Config, Data, Experts, Model, Train
 from llm_jax.settings import BadInput
-from scaling import cli, mixture, throughput
+from scaling import cli
+from scaling.bench import mixture, training
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -29,8 +30,8 @@ def test_the_dense_twin_has_the_active_parameters_but_for_the_routers(experts, m
 
 
 def test_figures_of_a_mixture_follow_from_each_other(mixed_dtypes, monkeypatch):
-    monkeypatch.setattr(throughput, "ROUNDS", 2)
-    monkeypatch.setattr(throughput, "_product_seconds", lambda: (0.01, 0.01))
+    monkeypatch.setattr(training, "ROUNDS", 2)
+    monkeypatch.setattr(training, "_product_seconds", lambda: (0.01, 0.01))
     found = mixture.bench_moe(ladder.resolve(TINY))
     sparse, dense = found["mixture"], found["dense"]
     assert found["ratio"] == pytest.approx(sparse["tokens_per_second"] / dense["tokens_per_second"])

@@ -13,7 +13,8 @@ import pytest
 from llm_jax import ladder
 from llm_jax.config import Config, Data, Experts, Model, Train
 from llm_jax.settings import BadInput, to_dict
-from scaling import cli, peers, throughput
+from scaling import cli
+from scaling.bench import peers, training
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -111,13 +112,13 @@ def test_peers_that_are_not_there_are_refused_in_one_line(capsys, nanodo, monkey
 
 def test_a_peers_process_has_no_jax_before_it_asks_for_it():
     """JAX would take three quarters of the GPU's memory from torch."""
-    code = "import sys, scaling.peers; sys.exit('jax' in sys.modules)"
+    code = "import sys, scaling.bench.peers; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 @pytest.mark.parametrize("name", ["llm_jax", "nanodo"])
 def test_a_contender_answers_with_its_facts_and_then_a_round_a_line(name, nanodo, mixed_dtypes, monkeypatch):
-    monkeypatch.setattr(throughput, "_product_seconds", lambda: (0.01, 0.01))
+    monkeypatch.setattr(training, "_product_seconds", lambda: (0.01, 0.01))
     monkeypatch.setattr(sys, "path", [*sys.path])
     answers = io.StringIO()
     peers.serve(name, nanodo, io.StringIO(json.dumps(to_dict(SMALL)) + "\n\n\n"), answers)
@@ -156,7 +157,7 @@ def test_contenders_take_turns(platform, starts, turns, monkeypatch):
 
     monkeypatch.setattr(peers, "process", process)
     monkeypatch.setattr(peers, "check", lambda cfg, checkouts: None)
-    monkeypatch.setattr(throughput, "ROUNDS", 4)
+    monkeypatch.setattr(training, "ROUNDS", 4)
     found = peers.bench(SMALL, {"nanodo": Path()})
     assert [name for what, name in events if what == "start"] == starts
     rounds = [name for what, name in events if what == "round"]
@@ -188,7 +189,7 @@ def test_processes_end_to_end(nanodo, capsys, monkeypatch):
     work = (
         "--model.max-context 8 --model.no-qk-norm --data.context 8 --train.tokens-per-step 16 --train.steps-per-call 2"
     )
-    monkeypatch.setattr(throughput, "ROUNDS", 2)
+    monkeypatch.setattr(training, "ROUNDS", 2)
     words = ["bench", "train", *shape.split(), *work.split(), "--peer", f"nanodo={nanodo}", "--json"]
     assert cli.main(words) == 0
     found = json.loads(capsys.readouterr().out)

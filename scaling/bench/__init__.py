@@ -1,0 +1,1 @@
+"""How fast this package is: `llm-jax bench`."""

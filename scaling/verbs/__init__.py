@@ -1,0 +1,1 @@
+"""One thin function a verb of llm-jax. Numerics are imported inside of them, so that --help answers at once."""
