@@ -18,6 +18,7 @@ def params():
     return jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), zeros_too)
 
 
+@pytest.mark.slow
 def test_greedy_tokens_are_those_of_the_full_forward_pass(params):
     """Without a cache, the whole text again for each token: slow, and beyond doubt."""
     prompt = np.asarray([[1, 2, 3], [7, 5, 9]], np.int32)

@@ -12,7 +12,7 @@ from scaling import cli
 from scaling.bench import baseline
 from scaling.parsing import parse
 
-REPO = Path(__file__).resolve().parents[2]
+REPO = Path(__file__).resolve().parents[3]
 VERBS = ["train", "moe"]
 TRAIN = {"bench": "train", "arguments": ["--model.num_layers", "2"], "ratio": "mfu"}
 
