@@ -3,6 +3,7 @@
 llm-jax sweep experiments/one_gpu.py
 llm-jax bench sweep experiments/one_gpu.py --alone 5
 
+Not yet run as a whole: there is no measured time or result.
 """
 
 from llm_jax.config import Data, Model, Train

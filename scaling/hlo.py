@@ -45,6 +45,8 @@ NO_TRAFFIC |= {"partition-id", "replica-id", "opt-barrier", "domain"}
 
 @dataclass(frozen=True)
 class Instruction:
+    """One line of a computation, as text: `%name = shape opcode(inside)rest`."""
+
     name: str
     shape: str
     opcode: str

@@ -1,4 +1,7 @@
-"""Progress on standard error: a bar with rate and time left on a terminal, one line a minute elsewhere, nothing under two seconds."""
+"""Progress on standard error: a bar with rate and time left on a terminal, one line a minute elsewhere, nothing under two seconds.
+
+And the data of a config, prepared under it.
+"""
 
 from __future__ import annotations
 

@@ -72,6 +72,17 @@ def test_norms_and_forks_have_the_gradients_of_the_plain_form():
         assert relative(mine, theirs) < 1e-5
 
 
+def test_what_pays_is_judged_by_the_part_of_a_device(monkeypatch):
+    """A batch that leaves one cache is eight parts on eight devices, each of which stays in its own."""
+    monkeypatch.setattr(kernels, "used", lambda: True)
+    large = jax.ShapeDtypeStruct((8, kernels.CACHE_BYTES // 8), jnp.bfloat16)
+    assert kernels.pay_for(large)
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((8,), ("data",))):
+        assert not kernels.pay_for(large)
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((8,), ("tensor",))):  # which has all rows
+        assert kernels.pay_for(large)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("label_smoothing", "z_loss"), [(0.0, 0.0), (0.1, 1e-3)])
 @pytest.mark.parametrize("vocab", [300, 256, 5000, 50_304])

@@ -6,6 +6,8 @@ Each has its plain form beside it, which every other backend runs and which test
 
 import jax
 
+from llm_jax import axes
+
 CACHE_BYTES = 2**25
 """An array up to this size stays in a GPU's L2 cache (50 MB on an H100), where passes over it cost next to nothing."""
 
@@ -22,9 +24,9 @@ def used() -> bool:
 
 
 def pay_for(x: jax.Array) -> bool:
-    """Whether to save passes over x: on a GPU, and where it is too large for the cache. A smaller one costs the start of kernels, and
-    XLA starts fewer where it may fuse as it likes."""
-    return used() and x.size * x.dtype.itemsize > CACHE_BYTES
+    """Whether to save passes over x, activations whose rows and positions a mesh spreads: on a GPU, and where a device's part of it is too
+    large for the cache. A smaller one costs the start of kernels, and XLA starts fewer where it may fuse as it likes."""
+    return used() and x.size * x.dtype.itemsize > CACHE_BYTES * axes.size(*axes.ROWS, "sequence")
 
 
 SMALL_WIDTH = 512
