@@ -13,7 +13,7 @@ from llm_jax.settings import BadInput, override
 from llm_jax.training.metrics import read_metrics
 from scaling import experiment, launchers, leases, ledger
 from scaling.experiment import Experiment, axis
-from scaling.launchers import Resources
+from scaling.launchers import Resources, on_slurm
 
 submitit = pytest.importorskip("submitit", reason='needs submitit: pip install "llm_jax[slurm]"')
 
@@ -34,7 +34,7 @@ def test_a_job_that_is_told_to_leave_goes_back_into_the_queue(run, monkeypatch):
     """The signal that submitit has Slurm send: saved at the next call, requeued with what it needs, and done by the job started again."""
     monkeypatch.setenv("XLA_FLAGS", "")
     folder = run / "there"
-    (job,) = launchers.submit_to_slurm(folder, 1, Resources(hours=0.5), cluster="local")
+    (job,) = on_slurm.submit(folder, 1, Resources(hours=0.5), cluster="local")
     trial = None
     while not trial:
         assert not job.done(), job.stderr()
@@ -63,13 +63,13 @@ def test_what_sbatch_is_asked_for(tmp_path, monkeypatch):
     for name in ("srun", "squeue", "sacct"):
         (tmp_path / "bin" / name).symlink_to("/bin/true")
     monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
-    launchers.ready("slurm")
+    launchers.ready("slurm", Resources())
     resources = Resources(gpus=2, cpus=6, hours=1.5)
-    jobs = launchers.submit_to_slurm(tmp_path / "run", 3, resources, ["partition=a100", "account=lab"])
+    jobs = on_slurm.submit(tmp_path / "run", 3, resources, ["partition=a100", "account=lab"])
     assert [job.job_id for job in jobs] == ["77_0", "77_1", "77_2"]
     script = (tmp_path / "script").read_text()
     asked = {line.removeprefix("#SBATCH --") for line in script.splitlines() if line.startswith("#SBATCH")}
     assert {"array=0-2%3", "time=90", "gpus-per-node=2", "cpus-per-task=6", "requeue", "signal=USR2@90"} <= asked
     assert {"partition=a100", "account=lab", "open-mode=append"} <= asked
     with pytest.raises(BadInput, match="NAME=VALUE"):
-        launchers.submit_to_slurm(tmp_path / "run", 3, resources, ["a100"])
+        on_slurm.submit(tmp_path / "run", 3, resources, ["a100"])
