@@ -14,7 +14,7 @@ from llm_jax.settings import BadInput, override
 from llm_jax.training.metrics import read_metrics
 from scaling import cli, experiment, launchers, leases, ledger
 from scaling.experiment import Experiment, axis
-from scaling.launchers import Resources, local
+from scaling.launchers import Resources, local, on_ray
 
 
 def gpus(workers, ids, resources=Resources()):  # noqa: B008
@@ -78,6 +78,37 @@ def test_a_missing_extra_is_one_line(launcher, package, tmp_path, capsys, monkey
     assert status == 2
     assert said.count("\n") == 1
     assert f'pip install "llm_jax[{launcher}]"' in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_workers_begin_where_their_neighbours_do():
+    """They share that node's compiled programs; groups have their hosts on different nodes."""
+    nodes = [{"NodeID": name, "Resources": {"CPU": 8.0, "GPU": gpus}} for name, gpus in (("a", 2.0), ("b", 1.0))]
+    nodes.append({"NodeID": "head", "Resources": {"CPU": 4.0}})
+    assert on_ray.rooms(nodes, {"CPU": 1, "GPU": 1}) == ["a", "a", "b"]
+    assert on_ray.rooms(nodes, {"CPU": 4}) == ["a", "a", "b", "b", "head"]
+    assert on_ray.groups_at_once(nodes, {"CPU": 1, "GPU": 1}, Resources(hosts=2)) == 1
+    assert on_ray.groups_at_once(nodes, {"CPU": 4}, Resources(hosts=2)) == 2
+    assert on_ray.groups_at_once(nodes, {"CPU": 4}, Resources(hosts=4)) == 1, "when there are more nodes"
+
+
+@pytest.mark.parametrize(
+    "words,message",
+    [
+        (["--hosts", "2"], "--hosts is for --launcher ray or slurm"),
+        (["--hosts", "0", "--launcher", "ray"], "--hosts must be positive"),
+        (["--topology", "v5e:4x4"], "--topology is for --launcher ray"),
+        (["--topology", "v5e:4x5", "--launcher", "ray"], 'did you mean "v5e:4x4"'),
+        (["--topology", "v5e:4x4", "--tpus", "4", "--launcher", "ray"], "leave out --tpus"),
+    ],
+)
+def test_hosts_that_nobody_would_start(words, message, tmp_path, capsys):
+    """One line, status 2, nothing written: a trial that waits for hosts that never come is found out an hour later."""
+    status = cli.main(["sweep", "experiments/quickstart.py", "--run", str(tmp_path / "run"), *words])
+    said = capsys.readouterr().err
+    assert status == 2
+    assert said.count("\n") == 1
+    assert message in said
     assert not (tmp_path / "run").exists()
 
 

@@ -174,6 +174,61 @@ def test_a_trial_of_two_hosts(tmp_path, corpus):
     assert attempts[-1]["from_step"] >= 16, "from a checkpoint"
 
 
+def test_a_trial_of_a_slice(tmp_path, corpus, monkeypatch):
+    """Nodes as Ray labels those of a v4 slice of two hosts are one worker, whose first process is that of host 0, as libtpu has it."""
+    (tmp_path / "exp.py").write_text(TOGETHER.replace(", 256 * 800", ""))
+    monkeypatch.setenv("TPU_NAME", "my-slice")  # as the metadata of a TPU machine has it
+    cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "RAY_ADDRESS": cluster.address}
+    command = [sys.executable, "-m", "scaling.cli", "sweep", "exp.py", "--run", "run", "--launcher", "ray"]
+    slice_of = {"ray.io/tpu-slice-name": "my-slice", "ray.io/tpu-pod-type": "v4-16", "ray.io/tpu-topology": "2x2x2"}
+    try:
+        for worker in ("1", "0"):
+            resources = {"TPU": 4} | ({"TPU-v4-16-head": 1} if worker == "0" else {})
+            node = cluster.add_node(num_cpus=1, resources=resources, labels=slice_of | {"ray.io/tpu-worker-id": worker})
+        cluster.add_node(num_cpus=1, resources={"TPU": 4})  # no part of it
+        with open(tmp_path / "log", "w") as log:
+            sweep = subprocess.Popen(
+                [*command, "--topology", "v4:2x2x2"], cwd=tmp_path, env=env, stdout=log, stderr=log
+            )
+        path = wait_for(lambda: [*tmp_path.glob("run/trials/*/attempt-1.json")], sweep)[0]
+        (attempt,) = wait_for(lambda: [one for one in leases.attempts(path.parent) if "pid" in one], sweep)
+        parent = int(pathlib.Path(f"/proc/{attempt['pid']}/stat").read_text().rpartition(")")[2].split()[1])
+        assert parent in [one.process.pid for one in node.all_processes["raylet"]]
+        assert sweep.wait(200) == 0, (tmp_path / "log").read_text()
+    finally:
+        cluster.shutdown()
+    assert len(list(path.parent.glob("checkpoints/*/state/ocdbt.process_*"))) == 2
+
+
+def test_a_group_that_fails_by_itself(tmp_path, corpus):
+    """An error that would come again is told, in one line, and not tried a hundred times: here, a kind of device that is not there."""
+    (tmp_path / "exp.py").write_text(TOGETHER)
+    cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    env = os.environ | {"JAX_PLATFORMS": "tpu", "RAY_ADDRESS": cluster.address}
+    command = [
+        sys.executable,
+        "-m",
+        "scaling.cli",
+        "sweep",
+        "exp.py",
+        "--run",
+        "run",
+        "--launcher",
+        "ray",
+        "--hosts",
+        "2",
+    ]
+    try:
+        for _ in range(2):
+            cluster.add_node(num_cpus=1)
+        done = subprocess.run(command, cwd=tmp_path, env=env, timeout=200, capture_output=True, text=True)
+    finally:
+        cluster.shutdown()
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("llm-jax: workers on Ray failed, the last one by ") == 1
+
+
 def test_no_cluster(tmp_path, corpus):
     """One line, status 2, nothing written."""
     (tmp_path / "exp.py").write_text(EXPERIMENT)
