@@ -1,4 +1,4 @@
-"""Training the trials of a run in this process; scaling/launchers.py starts others beside it."""
+"""Training the trials of a run in this process; scaling/launchers starts others beside it."""
 
 from __future__ import annotations
 
