@@ -15,5 +15,5 @@ experiment = Experiment(
     data=Data(source="stdlib", context=256),
     train=Train(schedule="cosine", tokens_per_step=8_192),
     ladder=Ladder(aspect=64),
-    axes=isoflop(budgets=[2e14, 4e14, 8e14, 1.6e15], depths=[3, 4, 5.5, 7, 9]),
+    axes=isoflop(budgets=[1e14, 2e14, 4e14, 8e14], depths=[3, 4, 5.5, 7, 9]),
 )
