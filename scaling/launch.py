@@ -24,8 +24,6 @@ from scaling.experiment import Trial
 from scaling.leases import Lease
 from scaling.progress import progress
 
-POLL_SECONDS = 1.0
-
 
 def use_compile_cache() -> None:
     """Programs compiled once serve all later processes of this machine, from $JAX_COMPILATION_CACHE_DIR where that is set."""
@@ -104,8 +102,7 @@ def run_trial(
     if not hosts.first():
         return
     ledger.record(folder, trial, prepared, result)
-    if (said := ledger.trial_folder(folder, trial.id) / initial.FILE).exists():
-        start = files.read_json(said)
+    if start := files.find_json(ledger.trial_folder(folder, trial.id) / initial.FILE):
         print(
             f"{trial.id} began with {len(start['taken'])} arrays of {start['from']} and {len(start['left'])} of its own",
             file=sys.stderr,
@@ -130,12 +127,14 @@ def work(folder: Path, prepared: Prepared, start: float = 0.0) -> None:
     first = int(start * len(order))
     order = order[first:] + order[:first]
     total = sum(t.counts["C_flops"] for t in order)
-    compiled = compile_ahead([t for t in order if ledger.status(folder, t.id) not in ledger.ENDED], prepared)
+    state = ledger.statuses(folder, [trial.id for trial in order])
+    compiled = compile_ahead([t for t in order if state[t.id] not in ledger.ENDED], prepared)
     with _cancelled(compiled.values()), preemption.noticed() as told, progress("sweep", total, "FLOP") as update:
         while True:
             if told():
                 raise Preempted("between trials")
-            state = hosts.agreed({trial.id: ledger.status(folder, trial.id) for trial in order})
+            state |= ledger.statuses(folder, [key for key, one in state.items() if one not in ledger.ENDED])
+            state = hosts.agreed(state)
             done = sum(t.counts["C_flops"] for t in order if state[t.id] in ledger.ENDED)
             left = [t for t in order if state[t.id] not in ledger.ENDED]
             if not left:
@@ -158,4 +157,4 @@ def work(folder: Path, prepared: Prepared, start: float = 0.0) -> None:
                         run_trial(folder, trial, prepared, branches.get(trial.id, ()), report, lease, told)
                         break
             else:
-                time.sleep(POLL_SECONDS)
+                time.sleep(files.poll_seconds(folder))

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llm_jax import files
 from llm_jax.settings import BadInput
 from llm_jax.training.preemption import Preempted
 from scaling import ledger
@@ -168,16 +169,18 @@ def share_cpus(index: int, workers: int) -> None:
 
 
 def run_here(folder: Path, prepared: Prepared, workers: int | None, resources: Resources) -> None:
-    """Trains what is left of a run in this process, the first worker, and others beside it, which write to RUN/worker-K.log.
+    """Trains what is left of a run in this process, the first worker, and others beside it, which write to RUN/worker-K.log
+    (files.here).
 
     Each ends with the run. Where this process is told to leave it tells the others, and raises Preempted when they have left.
     """
     kind, ids = devices()
     workers = workers or default_workers(kind, ids, resources)
     environments = [environment(index, workers, kind, ids, resources) for index in range(workers)]
-    others = []
+    others, logs = [], files.here(folder)
+    logs.mkdir(parents=True, exist_ok=True)
     for index in range(1, workers):
-        with open(folder / f"worker-{index}.log", "w") as log:
+        with open(logs / f"worker-{index}.log", "w") as log:
             command = [sys.executable, "-m", "scaling.cli", "work", str(folder), str(index), str(workers)]
             env = os.environ | environments[index]
             others.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env))
@@ -195,9 +198,7 @@ def run_here(folder: Path, prepared: Prepared, workers: int | None, resources: R
         ended = [other.wait() for other in others]
     for index, status in enumerate(ended, 1):
         if status:
-            print(
-                f"llm-jax: worker {index} ended with status {status}; see {folder}/worker-{index}.log", file=sys.stderr
-            )
+            print(f"llm-jax: worker {index} ended with status {status}; see {logs}/worker-{index}.log", file=sys.stderr)
 
 
 # Ray
@@ -206,7 +207,7 @@ def run_here(folder: Path, prepared: Prepared, workers: int | None, resources: R
 def _work_there(folder: str, index: int, workers: int, cwd: str) -> None:
     if os.path.isdir(cwd):
         os.chdir(cwd)  # paths of data may be relative
-    work(Path(folder), index, workers)
+    work(files.as_path(folder), index, workers)
 
 
 def run_on_ray(folder: Path, workers: int | None, resources: Resources) -> None:
@@ -232,7 +233,7 @@ def run_on_ray(folder: Path, workers: int | None, resources: Resources) -> None:
     asked |= {"num_cpus": resources.cpus or 1}
     asked |= {"num_gpus": each} if kind == "GPU" else {"resources": {"TPU": each}} if kind == "TPU" else {}
     task = ray.remote(**asked)(_work_there)
-    run, cwd = str(folder.resolve()), os.getcwd()
+    run, cwd = str(files.absolute(folder)), os.getcwd()
     running = [task.remote(run, index, workers, cwd) for index in range(workers)]
     failed = ""
     try:
@@ -270,7 +271,7 @@ class SlurmWorker:
     def __call__(self, folder: str, index: int, workers: int, env: Mapping[str, str]) -> None:
         os.environ |= env
         try:
-            work(Path(folder), index, workers)
+            work(files.as_path(folder), index, workers)
         except Preempted:
             signal.raise_signal(signal.SIGUSR2)  # submitit's handler: puts the job back into the queue, and exits
             raise
@@ -298,7 +299,9 @@ def submit_to_slurm(
         if not (name and equals):
             raise BadInput(f'--sbatch takes NAME=VALUE, such as partition=gpu, got "{one}"')
         options[name.lstrip("-").replace("-", "_")] = value
-    executor = submitit.AutoExecutor(folder=folder / "slurm", cluster=cluster, slurm_max_num_timeout=RETRIES)
+    executor = submitit.AutoExecutor(
+        folder=files.here(folder) / "slurm", cluster=cluster, slurm_max_num_timeout=RETRIES
+    )
     executor.update_parameters(
         name=f"llm-jax {folder.name}",
         timeout_min=max(1, math.ceil(60 * (resources.hours or 24.0))),
@@ -309,5 +312,6 @@ def submit_to_slurm(
         executor.update_parameters(gpus_per_node=resources.gpus)
     workers = workers or 1
     env = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
+    run = str(files.absolute(folder))
     with executor.batch():
-        return [executor.submit(SlurmWorker(), str(folder.resolve()), i, workers, env) for i in range(workers)]
+        return [executor.submit(SlurmWorker(), run, i, workers, env) for i in range(workers)]

@@ -9,6 +9,7 @@ import jax
 import orbax.checkpoint as ocp
 from absl import logging
 
+from llm_jax import files
 from llm_jax.training import hosts
 
 logging.set_verbosity(logging.ERROR)  # Orbax reports every file
@@ -19,7 +20,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int | None = 1):
         self._manager = ocp.CheckpointManager(
-            folder.absolute(),
+            files.absolute(folder),
             options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True),
         )
 
