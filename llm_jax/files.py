@@ -14,6 +14,7 @@ import contextlib
 import fcntl
 import io
 import json
+import logging
 import os
 import re
 import secrets
@@ -93,6 +94,10 @@ def exists(path: Path) -> bool:
 def children(folder: Path) -> list[Path]:
     """What is in a folder, by name; nothing where there is none."""
     try:
+        if in_bucket(folder):
+            # A folder that somebody made by hand holds an object of its own name.
+            own, found = str(folder).removeprefix(BUCKETS), _ask(folder, "_ls", detail=False)
+            return [folder / name[len(own) + 1 :] for name in sorted({one.rstrip("/") for one in found} - {own})]
         return sorted(folder.iterdir())
     except (FileNotFoundError, NotADirectoryError):
         return []
@@ -281,6 +286,7 @@ def _bucket_path(text: str) -> Path:
         ) from None
     from etils import epath
 
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it tells what it raises, at length
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False  # what others write must be seen
     return cast(Path, epath.Path(text))
 

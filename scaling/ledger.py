@@ -78,7 +78,10 @@ def check(folder: Path, described: dict[str, Any]) -> None:
     """Raises BadInput where `folder` is a run of something else, naming the first thing that differs."""
     known = files.find_json(folder / "experiment.json")
     if known is None:
-        if folder.exists() and any(not found.name.startswith(".") for found in folder.iterdir()):
+        there = {path.name for path in files.children(folder) if not path.name.startswith(".")}
+        if "experiment.json" in there:  # since a moment ago
+            check(folder, described)
+        elif there:
             raise BadInput(f"{folder} is not empty and no run directory; nearest that is free: {_free(folder)}")
         return
     # Settings that this version has and that one had not are at their defaults there; a default that has changed differs.
@@ -104,7 +107,7 @@ def _difference(old: Any, new: Any, name: str) -> tuple[str, Any, Any]:
 
 
 def _free(folder: Path) -> Path:
-    return next(path for i in range(2, 1000) if not (path := folder.with_name(f"{folder.name}-{i}")).exists())
+    return next(path for i in range(2, 1000) if not files.exists(path := folder.with_name(f"{folder.name}-{i}")))
 
 
 def describe(folder: Path) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
     python tests/scaling/fake_gcs.py PORT
 
-Objects lie in memory, each change under one lock, so that a precondition holds as it does there. Every bucket exists but "absent".
+Objects lie in memory, each change under one lock, so that a precondition holds as it does there. Every bucket exists but "absent";
+those named "refused-STATUS" answer all with that status.
 The API: cloud.google.com/storage/docs/json_api/v1/objects.
 """
 
@@ -198,6 +199,8 @@ class Handler(BaseHTTPRequestHandler):
     def serve(self) -> None:
         url, body = urlsplit(self.path), self.body()
         try:
+            if match := re.search(r"/b/refused-(\d+)", url.path):
+                raise Refused(int(match[1]), "not for you")
             self.route(url.path, dict(parse_qsl(url.query)), body)
         except Refused as refused:
             status, reason = refused.args

@@ -14,6 +14,7 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from fake_gcs import FakeGcs, environment
@@ -22,6 +23,7 @@ from simulated import runs
 from llm_jax import files
 from llm_jax.data import prepare
 from llm_jax.settings import BadInput
+from llm_jax.training.checkpoint import Checkpoints
 from llm_jax.training.metrics import Metrics, read_metrics
 from llm_jax.training.watch import behind
 from scaling import cli, experiment, launch, leases, ledger, report, tables
@@ -83,6 +85,14 @@ def test_a_bucket_that_is_not_there_is_one_line(server, tmp_path, capsys):
         files.write_json(path, {})
     assert cli.main(["status", "gs://absent/run"]) == 2
     assert "gs://absent/run is no run directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_user_without_rights_is_told_to_log_in(server, status, capfd):
+    """The first thing that goes wrong for everybody: one line, not a page of gcsfs's log and traceback."""
+    assert cli.main(["status", f"gs://refused-{status}/run"]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert f"gs://refused-{status}/run/experiment.json" in line and "gcloud auth application-default login" in line
 
 
 def test_of_all_who_create_an_object_one_does(bucket):
@@ -205,6 +215,34 @@ def test_lines_reach_a_bucket_when_they_are_flushed(server, bucket, tiny):
         "a restart at 5 dropped what came after"
     )
     assert any("tfevents" in one for one in server.names("bucket") if one.startswith(f"{bucket.name}/tensorboard/"))
+
+
+def test_a_checkpoint_that_a_kill_left_half_written_does_not_count(server, bucket):
+    """In a bucket nothing is renamed: a step's folder is there before it is whole, and must neither be restored nor be in the way."""
+    states = [{"x": jnp.full((8,), value)} for value in (1.0, 2.0, 3.0)]
+    with closing(Checkpoints(bucket, keep=None)) as checkpoints:
+        checkpoints.save(1, states[0])
+        checkpoints.save(2, states[1])
+    whole = f"{bucket.name}/2/commit_success.txt"
+    del server.objects["bucket", whole]
+    with closing(Checkpoints(bucket, keep=None)) as checkpoints:
+        assert checkpoints.steps() == [1]
+        assert np.array_equal(checkpoints.restore(1, states[0])["x"], states[0]["x"])
+        checkpoints.save(2, states[2])
+    with closing(Checkpoints(bucket, keep=1)) as checkpoints:
+        assert checkpoints.steps() == [1, 2]
+        assert np.array_equal(checkpoints.restore(2, states[0])["x"], states[2]["x"])
+        checkpoints.save(3, states[0])
+    assert {name.split("/")[1] for name in server.names("bucket") if name.startswith(f"{bucket.name}/")} == {"3"}
+
+
+def test_a_folder_made_by_hand_is_no_file_of_itself(server, bucket):
+    """The console makes an object NAME/ for a folder."""
+    server.put("bucket", f"{bucket.name}/", b"", {})
+    assert files.children(bucket) == []
+    files.write_json(bucket / "x.json", {})
+    server.put("bucket", f"{bucket.name}/y/", b"", {})
+    assert files.children(bucket) == [bucket / "x.json", bucket / "y"]
 
 
 def test_processes_that_are_behind_are_found(bucket):
