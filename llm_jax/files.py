@@ -91,6 +91,16 @@ def exists(path: Path) -> bool:
     return True
 
 
+def is_dir(path: Path) -> bool:
+    """Whether a folder is there. OSError where a bucket does not say."""
+    if not in_bucket(path):
+        return path.is_dir()
+    try:
+        return _ask(path, "_info")["type"] == "directory"
+    except FileNotFoundError:
+        return False
+
+
 def children(folder: Path) -> list[Path]:
     """What is in a folder, by name; nothing where there is none."""
     try:
@@ -298,7 +308,8 @@ def _ask(path: Path, method: str, *args: Any, **kwargs: Any) -> Any:
     import fsspec
 
     fs = fsspec.filesystem("gcs")
-    patience = ANSWER_SECONDS + sum(len(arg) for arg in args) / BYTES_PER_SECOND
+    # Nobody's lease hangs on a read, which may be of many bytes.
+    patience = (10 if method == "_cat_file" else 1) * ANSWER_SECONDS + sum(map(len, args)) / BYTES_PER_SECOND
 
     async def answer() -> Any:
         return await asyncio.wait_for(getattr(fs, method)(str(path), *args, **kwargs), patience)

@@ -114,13 +114,25 @@ def describe(folder: Path) -> dict[str, Any]:
     """What `create` wrote. Raises BadInput where `folder` is no run directory."""
     found = files.find_json(folder / "experiment.json")
     if found is None:
-        beside = files.children(folder.parent)
-        described = files.for_each(lambda path: files.exists(path / "experiment.json"), beside, folder)
-        runs = [str(path) for path, is_run in zip(beside, described, strict=True) if is_run]
+        runs = _runs_in(folder.parent)
         raise BadInput(
             f"{folder} is no run directory{did_you_mean(str(folder), runs) if runs else '; make one with llm-jax sweep'}"
         )
     return found
+
+
+def _runs_in(folder: Path) -> list[str]:
+    """The run directories of a folder that may be looked at."""
+
+    def is_run(path: Path) -> bool:
+        with contextlib.suppress(OSError):
+            return files.exists(path / "experiment.json")
+        return False
+
+    with contextlib.suppress(OSError):
+        paths = files.children(folder)
+        return [str(path) for path, yes in zip(paths, files.for_each(is_run, paths, folder), strict=True) if yes]
+    return []
 
 
 def base_config(folder: Path) -> Config:

@@ -94,9 +94,9 @@ def read(path: str | Path) -> Table:
     6 N D of the active N (Kaplan et al. 2020), in float64 because 6 N D overflows an int64.
     """
     path = files.as_path(path)
-    path = path / "table.csv" if path.is_dir() else path
-    if not path.is_file():
-        near = sorted(p.name for p in path.parent.glob("*.csv")) if path.parent.is_dir() else []
+    path = path / "table.csv" if files.is_dir(path) else path
+    if not files.exists(path):
+        near = [p.name for p in files.children(path.parent) if p.suffix == ".csv"]
         raise BadInput(f"{path} is no table{did_you_mean(path.name, near) if near else ''}")
     text = io.StringIO(files.read_bytes(path).decode("utf-8-sig"), newline="")
     header, *rows = [row for row in csv.reader(text) if row] or [[]]

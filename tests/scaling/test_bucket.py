@@ -90,9 +90,10 @@ def test_a_bucket_that_is_not_there_is_one_line(server, tmp_path, capsys):
 @pytest.mark.parametrize("status", [401, 403])
 def test_a_user_without_rights_is_told_to_log_in(server, status, capfd):
     """The first thing that goes wrong for everybody: one line, not a page of gcsfs's log and traceback."""
-    assert cli.main(["status", f"gs://refused-{status}/run"]) == 2
-    (line,) = capfd.readouterr().err.splitlines()
-    assert f"gs://refused-{status}/run/experiment.json" in line and "gcloud auth application-default login" in line
+    for verb in ("status", "fit", "report"):
+        assert cli.main([verb, f"gs://refused-{status}/run"]) == 2
+        (line,) = capfd.readouterr().err.splitlines()
+        assert f"gs://refused-{status}/run" in line and "gcloud auth application-default login" in line
 
 
 def test_of_all_who_create_an_object_one_does(bucket):
