@@ -111,7 +111,7 @@ class StatusOptions:
 
     run: RunFolder
     watch: bool = False
-    """Show it again every two seconds until all trials have ended."""
+    """Show it again every two seconds, of a bucket every twenty, until all trials have ended."""
     json: Json = False
 
 

@@ -16,6 +16,9 @@ if TYPE_CHECKING:  # loads JAX; reading metrics does without
     from llm_jax.training.pretrain import Evaluation
 
 
+FILE = "metrics.jsonl"
+
+
 class Metrics:
     """Appends to metrics.jsonl and to TensorBoard's events; a restart at `step` drops the lines that it will write again.
 
@@ -80,9 +83,6 @@ class Metrics:
         self.flush()
         self._lines.close()
         self._events.close()
-
-
-FILE = "metrics.jsonl"
 
 
 def _lines(folder: Path) -> list[str]:

@@ -155,15 +155,15 @@ def test_of_workers_that_race_for_a_lease_one_wins_and_a_dead_one_loses_it(bucke
     assert "ended" in leases.attempts(bucket)[1] and "ended" not in leases.attempts(bucket)[0]
 
 
-@pytest.mark.parametrize("hours", [-1, 0, 1])
+@pytest.mark.parametrize("hours", [-1, 1])
 def test_silence_is_measured_by_the_buckets_clock(bucket, monkeypatch, hours):
     """Hosts whose clocks are off must neither take a trial that is being trained nor wait for ever for a dead one."""
-    monkeypatch.setattr(leases, "SILENT_SECONDS", 1.0)
+    monkeypatch.setattr(leases, "SILENT_SECONDS", 2.0)
     path, now = bucket / "attempt-1.json", time.time
     files.write_json(path, {"machine": "elsewhere"})
     monkeypatch.setattr(time, "time", lambda: now() + 3600 * hours)
     assert leases.held(leases.attempts(bucket)[0])
-    time.sleep(1.2)
+    time.sleep(2.2)
     assert not leases.held(leases.attempts(bucket)[0])
     assert [one.name for one in bucket.iterdir()] == ["attempt-1.json"], "asking for the time leaves nothing behind"
 
