@@ -87,6 +87,7 @@ def take(folder: Path) -> Iterator[Lease | None]:
     path = folder / f"attempt-{before[-1]['number'] + 1 if before else 1}.json"
     now = time.time()
     owner = {"host": socket.gethostname(), "machine": machine(), "pid": os.getpid(), "born": _born(os.getpid())}
+    owner["thread"] = threading.get_ident()  # tells what two threads of this process write from each other
     lease = Lease(path, owner | {"started": now})
     folder.mkdir(parents=True, exist_ok=True)
     if not files.create(path, json.dumps(lease.about | {"beat": now})):

@@ -84,9 +84,14 @@ class SweepOptions:
     """Where workers run: here, as tasks of a Ray cluster ($RAY_ADDRESS), or as an array of Slurm jobs. On other machines the run
     directory must be in a bucket or on a file system that all of them share."""
     gpus: int | None = None
-    """Of each worker; default 1, and all of them for one worker here. For Slurm they must be given."""
+    """Of each worker, on each of its hosts; default 1, and all of them for one worker here, or for one of several hosts on Ray. For
+    Slurm they must be given."""
     tpus: int | None = None
     """TPU chips of each worker; default as for GPUs."""
+    hosts: int | None = None
+    """Of each worker, on Ray or Slurm: one process on each of so many nodes, which train each trial together."""
+    topology: str | None = None
+    """TPU slice of each worker, on Ray, such as v5e:4x4: its hosts train each trial together."""
     cpus: int | None = None
     """Of each worker on Ray (default 1) or Slurm (default 4)."""
     hours: float | None = None
@@ -251,6 +256,8 @@ class BenchTrainOptions:
     mesh: Mesh = Mesh()
     depth: float | None = None
     """Rung of the experiment's ladder; default: the base config, which no trial need have."""
+    lanes: int = 1
+    """Trials of this shape side by side, their calls joined: a sweep on a GPU has two for models up to a width of 512."""
     peer: UseAppendAction[tuple[str, ...]] = ()
     """nanodo=CHECKOUT or nanogpt=CHECKOUT: also time that package's step on the same work, turn about; again for another."""
     json: Json = False

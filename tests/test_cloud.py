@@ -66,7 +66,7 @@ def test_every_sweep_that_is_told_of_parses():
     experiment = str(CLOUD.parent / "experiments" / "quickstart.py")
     lines = [line for path in CLOUD.iterdir() for line in re.split(r"[`\n]", path.read_text())]
     commands = [found[1] for line in lines if (found := re.search(r"llm-jax sweep (.*--run .*)", line))]
-    assert len(commands) == 6
+    assert len(commands) == 8
     for command in commands:
         words = [word for word in shlex.split(command) if word != "$@"]
         options = parsing.parse(SweepOptions, [experiment, *words[1:]], "sweep")

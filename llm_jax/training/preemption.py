@@ -37,15 +37,19 @@ def noticed() -> Iterator[Callable[[], bool]]:
 
     came = threading.Event()
     if jax.process_count() > 1:
-        # JAX's own service has the signal; it tells all processes at one count, later than that of any when it came.
+        # JAX's own service has SIGTERM; it tells all processes at one count, later than that of any when it came.
         asked = itertools.count()
+        before = signal.signal(signal.SIGUSR2, lambda *_: signal.raise_signal(signal.SIGTERM))
 
         def told() -> bool:  # JAX says so once
             if multihost_utils.reached_preemption_sync_point(next(asked)):
                 came.set()
             return came.is_set()
 
-        yield told
+        try:
+            yield told
+        finally:
+            signal.signal(signal.SIGUSR2, before if before is not None else signal.SIG_DFL)
         return
     if threading.current_thread() is not threading.main_thread():  # Python's signals are of the main thread
         yield came.is_set

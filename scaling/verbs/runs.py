@@ -57,36 +57,43 @@ def sweep(options: SweepOptions) -> None:
     """Trains every trial of an experiment that has no result yet, by workers here or on a cluster."""
     from scaling import experiment as experiments
     from scaling import launchers, ledger
+    from scaling.launchers import local
 
     experiment, docstring = chosen_experiment(options)
     folder = options.run or Path("runs") / options.experiment.stem
     if options.workers is not None and options.workers < 1:
         raise BadInput(f"--workers must be at least 1, got {options.workers}")
-    resources = launchers.Resources(options.gpus, options.tpus, options.cpus, options.hours)
+    resources = launchers.Resources(
+        options.gpus, options.tpus, options.cpus, options.hours, options.hosts, options.topology
+    )
     if options.dry_run:
         rows = [{"id": one.id, **one.point, **one.counts} for one in experiments.trials(experiment)]
         _print_trials(rows, options.json)
         return
-    launchers.ready(options.launcher)
+    launchers.ready(options.launcher, resources)
     workers = options.workers
     if options.launcher == "local":
         together = options.coordinator is not None or experiment.mesh != Mesh()
-        workers = workers or (1 if together else launchers.default_workers(*launchers.devices(), resources))
+        workers = workers or (1 if together else local.default_workers(*local.devices(), resources))
         if workers == 1:  # of this host; else each has devices of its own, and no other process
             hosts.connect(options.coordinator, options.num_processes, options.process_id)
         elif options.coordinator is not None:
             raise BadInput("--workers share one host; processes that train together are one worker: give --workers 1")
     asked, prepared = _create(folder, options.experiment.stem, experiment, docstring)
     if options.launcher == "slurm":
-        jobs = launchers.submit_to_slurm(folder, options.workers, resources, options.sbatch)
+        from scaling.launchers import on_slurm
+
+        jobs = on_slurm.submit(folder, options.workers, resources, options.sbatch)
         names = [job.job_id for job in jobs]
         said = f"{len(jobs)} workers in the queue, from job {names[0]}; llm-jax status {folder} --watch follows them"
         print(jsonlib.dumps({"run": str(folder), "jobs": names}) if options.json else said)
         return
     if options.launcher == "ray":
-        launchers.run_on_ray(folder, options.workers, resources)
+        from scaling.launchers import on_ray
+
+        on_ray.run(folder, options.workers, resources)
     else:
-        launchers.run_here(folder, prepared, workers, resources)
+        local.run(folder, prepared, workers, resources)
         if workers == 1 and not hosts.first():
             return
     _print_trials([row for row in ledger.rows(folder) if row["id"] in asked], options.json)
@@ -122,8 +129,9 @@ def _print_trials(rows: Sequence[Mapping[str, Any]], json: bool) -> None:
 def work(folder: Path, index: int, workers: int) -> None:
     """A worker beside others; `sweep --workers` starts these."""
     from scaling import launchers
+    from scaling.launchers import local
 
-    launchers.share_cpus(index, workers)
+    local.share_cpus(index, workers)
     launchers.work(folder, index, workers)
 
 

@@ -14,11 +14,11 @@ from llm_jax.settings import BadInput, override
 from llm_jax.training.metrics import read_metrics
 from scaling import cli, experiment, launchers, leases, ledger
 from scaling.experiment import Experiment, axis
-from scaling.launchers import Resources
+from scaling.launchers import Resources, local, on_ray
 
 
 def gpus(workers, ids, resources=Resources()):  # noqa: B008
-    return [launchers.environment(i, workers, "gpu", ids, resources) for i in range(workers)]
+    return [local.environment(i, workers, "gpu", ids, resources) for i in range(workers)]
 
 
 def test_each_worker_sees_its_own_gpus():
@@ -27,9 +27,9 @@ def test_each_worker_sees_its_own_gpus():
     assert gpus(1, ["0", "1"]) == [{}], "one worker has them all"
     pairs = gpus(2, ["4", "5", "6", "7"], Resources(gpus=2))
     assert [one["CUDA_VISIBLE_DEVICES"] for one in pairs] == ["4,5", "6,7"]
-    assert launchers.default_workers("gpu", ["4", "5", "6", "7"], Resources(gpus=2)) == 2
-    assert launchers.default_workers("gpu", ["0", "1", "2"], Resources()) == 3
-    assert launchers.default_workers("cpu", [], Resources()) == 1
+    assert local.default_workers("gpu", ["4", "5", "6", "7"], Resources(gpus=2)) == 2
+    assert local.default_workers("gpu", ["0", "1", "2"], Resources()) == 3
+    assert local.default_workers("cpu", [], Resources()) == 1
 
 
 def test_workers_share_the_memory_of_a_gpu(monkeypatch):
@@ -44,28 +44,28 @@ def test_workers_share_the_memory_of_a_gpu(monkeypatch):
 
 def test_tpu_chips_have_one_process():
     chips = [str(i) for i in range(8)]
-    one = launchers.environment(3, 8, "tpu", chips, Resources())
+    one = local.environment(3, 8, "tpu", chips, Resources())
     assert one["TPU_VISIBLE_CHIPS"] == "3"
     assert one["TPU_CHIPS_PER_PROCESS_BOUNDS"] == one["TPU_PROCESS_BOUNDS"] == "1,1,1"
-    four = launchers.environment(1, 2, "tpu", chips, Resources(tpus=4))
+    four = local.environment(1, 2, "tpu", chips, Resources(tpus=4))
     assert four == {"TPU_VISIBLE_CHIPS": "4,5,6,7"}
     with pytest.raises(BadInput, match="chips for 8"):
-        launchers.environment(0, 9, "tpu", chips, Resources())
+        local.environment(0, 9, "tpu", chips, Resources())
     with pytest.raises(BadInput, match="there are 8 here"):
-        launchers.environment(0, 1, "tpu", chips, Resources(tpus=16))
+        local.environment(0, 1, "tpu", chips, Resources(tpus=16))
 
 
 def test_devices_are_those_that_jax_would_find(monkeypatch):
     """Ids come from the environment where it has them; JAX_PLATFORMS=cpu means no GPU, and so does a JAX without its plugin."""
-    monkeypatch.setattr(launchers, "_installed", lambda *packages: "jax_cuda13_plugin" in packages)
-    monkeypatch.setattr(launchers, "_count_gpus", lambda: 2)
+    monkeypatch.setattr(local, "_installed", lambda *packages: "jax_cuda13_plugin" in packages)
+    monkeypatch.setattr(local, "_count_gpus", lambda: 2)
     monkeypatch.delenv("JAX_PLATFORMS")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert launchers.devices() == ("gpu", ["0", "1"])
+    assert local.devices() == ("gpu", ["0", "1"])
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
-    assert launchers.devices() == ("gpu", ["3"])
+    assert local.devices() == ("gpu", ["3"])
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    assert launchers.devices() == ("cpu", [])
+    assert local.devices() == ("cpu", [])
 
 
 @pytest.mark.parametrize("launcher,package", [("ray", "ray"), ("slurm", "submitit")])
@@ -78,6 +78,37 @@ def test_a_missing_extra_is_one_line(launcher, package, tmp_path, capsys, monkey
     assert status == 2
     assert said.count("\n") == 1
     assert f'pip install "llm_jax[{launcher}]"' in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_workers_begin_where_their_neighbours_do():
+    """They share that node's compiled programs; groups have their hosts on different nodes."""
+    nodes = [{"NodeID": name, "Resources": {"CPU": 8.0, "GPU": gpus}} for name, gpus in (("a", 2.0), ("b", 1.0))]
+    nodes.append({"NodeID": "head", "Resources": {"CPU": 4.0}})
+    assert on_ray.rooms(nodes, {"CPU": 1, "GPU": 1}) == ["a", "a", "b"]
+    assert on_ray.rooms(nodes, {"CPU": 4}) == ["a", "a", "b", "b", "head"]
+    assert on_ray.groups_at_once(nodes, {"CPU": 1, "GPU": 1}, Resources(hosts=2)) == 1
+    assert on_ray.groups_at_once(nodes, {"CPU": 4}, Resources(hosts=2)) == 2
+    assert on_ray.groups_at_once(nodes, {"CPU": 4}, Resources(hosts=4)) == 1, "when there are more nodes"
+
+
+@pytest.mark.parametrize(
+    "words,message",
+    [
+        (["--hosts", "2"], "--hosts is for --launcher ray or slurm"),
+        (["--hosts", "0", "--launcher", "ray"], "--hosts must be positive"),
+        (["--topology", "v5e:4x4"], "--topology is for --launcher ray"),
+        (["--topology", "v5e:4x5", "--launcher", "ray"], 'did you mean "v5e:4x4"'),
+        (["--topology", "v5e:4x4", "--tpus", "4", "--launcher", "ray"], "leave out --tpus"),
+    ],
+)
+def test_hosts_that_nobody_would_start(words, message, tmp_path, capsys):
+    """One line, status 2, nothing written: a trial that waits for hosts that never come is found out an hour later."""
+    status = cli.main(["sweep", "experiments/quickstart.py", "--run", str(tmp_path / "run"), *words])
+    said = capsys.readouterr().err
+    assert status == 2
+    assert said.count("\n") == 1
+    assert message in said
     assert not (tmp_path / "run").exists()
 
 
@@ -103,9 +134,10 @@ import sys
 from pathlib import Path
 from llm_jax.training.preemption import Preempted
 from scaling import launchers, ledger
+from scaling.launchers import local
 folder = Path(sys.argv[1])
 try:
-    launchers.run_here(folder, launchers.prepared_data(ledger.base_config(folder)), 2, launchers.Resources())
+    local.run(folder, launchers.prepared_data(ledger.base_config(folder)), 2, launchers.Resources())
 except Preempted:
     sys.exit(75)
 """
