@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from llm_jax import files
 from llm_jax.settings import BadInput, did_you_mean
 from scaling import checks, conventions, frontier, isoflop, laws, ledger, misfit, tables, uncertainty
 from scaling import fit as fitting
@@ -302,9 +303,9 @@ def _procedure(table: Table, procedure: Procedure, objective: str, methods: Sequ
 
 def read_table(path: Path, where: str = "") -> Table:
     """The rows of a run directory or a CSV for which `where` holds. BadInput where there are none."""
-    if path.is_dir():
+    if files.is_dir(path):
         ledger.describe(path)
-        if not (path / "table.csv").exists():
+        if not files.exists(path / "table.csv"):
             raise BadInput(f"{path} has no finished trial; see llm-jax status {path}")
     table = tables.read(path)
     return table.where(where) if where else table

@@ -9,9 +9,9 @@ import io
 import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
+from llm_jax import files
 from llm_jax.settings import BadInput, did_you_mean
 from llm_jax.training import hosts
 from llm_jax.training.preemption import EXIT_STATUS, Preempted
@@ -96,7 +96,7 @@ def _main(words: list[str]) -> int:
             print(__version__)
             return 0
         if words[0] == "work":
-            runs.work(Path(words[1]), int(words[2]), int(words[3]))
+            runs.work(files.as_path(words[1]), int(words[2]), int(words[3]))
             return 0
         name = words[0] if words[0] in VERBS else " ".join(words[:2])
         if name not in VERBS:

@@ -28,8 +28,6 @@ from scaling.experiment import Trial
 from scaling.leases import Lease
 from scaling.progress import progress
 
-POLL_SECONDS = 1.0
-
 
 def use_compile_cache() -> None:
     """Programs compiled once serve all later processes of this machine, from $JAX_COMPILATION_CACHE_DIR where that is set."""
@@ -127,8 +125,7 @@ def run_trial(
     if not hosts.first():
         return
     ledger.record(folder, trial, prepared, result, LANES if lanes else 1)
-    if (said := ledger.trial_folder(folder, trial.id) / initial.FILE).exists():
-        start = files.read_json(said)
+    if start := files.find_json(ledger.trial_folder(folder, trial.id) / initial.FILE):
         print(
             f"{trial.id} began with {len(start['taken'])} arrays of {start['from']} and {len(start['left'])} of its own",
             file=sys.stderr,
@@ -153,7 +150,8 @@ def work(folder: Path, prepared: Prepared, start: float = 0.0, lanes: int | None
     order = sorted(trials, key=lambda t: (t.id in leader, t.counts["N_params"], t.counts["D_tokens"], t.id))
     first = int(start * len(order))
     order = order[first:] + order[:first]
-    compiled = compile_ahead([t for t in order if ledger.status(folder, t.id) not in ledger.ENDED], prepared, lanes)
+    begun = ledger.statuses(folder, [trial.id for trial in order])
+    compiled = compile_ahead([t for t in order if begun[t.id] not in ledger.ENDED], prepared, lanes)
     total = sum(t.counts["C_flops"] for t in order)
     with _cancelled(compiled.values()), preemption.noticed() as signalled, progress("sweep", total, "FLOP") as update:
         board = Board(update)
@@ -165,10 +163,12 @@ def work(folder: Path, prepared: Prepared, start: float = 0.0, lanes: int | None
             return signalled() or board.over.is_set()
 
         def lane(number: int) -> None:
+            state = begun
             while True:
                 if told():
                     raise Preempted("between trials")
-                state = hosts.agreed({trial.id: ledger.status(folder, trial.id) for trial in order})
+                going = [t.id for t in order if state[t.id] not in ledger.ENDED]
+                state = hosts.agreed(state | ledger.statuses(folder, going))
                 left = [t for t in order if state[t.id] not in ledger.ENDED]
                 mine = [t for t in left if number == 0 or fits_beside(t)]
                 if not mine:
@@ -180,7 +180,7 @@ def work(folder: Path, prepared: Prepared, start: float = 0.0, lanes: int | None
                     if train(trial, number):
                         break
                 else:
-                    time.sleep(POLL_SECONDS)
+                    time.sleep(files.poll_seconds(folder))
 
         def train(trial: Trial, number: int) -> bool:
             with _held(room, 1 if fits_beside(trial) else lanes), claim(folder, trial.id) as (ours, lease):

@@ -1,8 +1,8 @@
 """Leases: one holder at a time of a folder that several machines share, whichever of them dies.
 
 FOLDER/attempt-1.json, attempt-2.json, ...: who held it, one file an attempt, the last one the holder's. An attempt begins by creating
-the next number exclusively, which local file systems and NFS (version 3 on, see open(2)) do for exactly one of those who try; numbers
-are not used again. The holder writes its file anew every BEAT_SECONDS and says in it when it ends. It is over
+the next number exclusively, which local file systems, NFS (version 3 on, see open(2)) and gs:// do for exactly one of those who try;
+numbers are not used again. The holder writes its file anew every BEAT_SECONDS and says in it when it ends. It is over
 
 - at once, where it has ended, or where its process on this machine is gone: the kernel knows, however that died;
 - after SILENT_SECONDS without a beat where it is on another machine, by the clock that stamps the files of the folder.
@@ -18,7 +18,6 @@ import json
 import os
 import socket
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -50,7 +49,7 @@ class Lease:
 def attempts(folder: Path) -> list[dict[str, Any]]:
     """What each attempt told last, the first first. One that a kill left empty has nothing but its "number"."""
     found = []
-    for path in folder.glob("attempt-*.json"):
+    for path in (path for path in files.children(folder) if path.match("attempt-*.json")):
         with contextlib.suppress(ValueError):
             number = int(path.stem.removeprefix("attempt-"))
             found.append({"number": number, "path": path} | _read(path))
@@ -59,8 +58,8 @@ def attempts(folder: Path) -> list[dict[str, Any]]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return files.read_json(path)
-    except (FileNotFoundError, json.JSONDecodeError):  # between its creation and its first bytes
+        return files.find_json(path) or {}
+    except json.JSONDecodeError:  # between its creation and its first bytes
         return {}
 
 
@@ -71,17 +70,11 @@ def held(attempt: dict[str, Any]) -> bool:
     if attempt.get("machine") == machine():
         return _born(attempt["pid"]) == attempt["born"]
     try:
-        beat = attempt["path"].stat().st_mtime
+        beat = files.modified(attempt["path"])
     except FileNotFoundError:
         return True  # it is being written; whoever asks asks again
     # Clocks of two machines differ: near the limit, the file system's own decides.
-    return abs(time.time() - beat) < SILENT_SECONDS / 2 or _now(attempt["path"].parent) - beat < SILENT_SECONDS
-
-
-def _now(folder: Path) -> float:
-    """The time by the clock that stamps the files of a folder."""
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=".now-") as f:
-        return os.fstat(f.fileno()).st_mtime
+    return abs(time.time() - beat) < SILENT_SECONDS / 2 or files.clock(attempt["path"].parent) - beat < SILENT_SECONDS
 
 
 @contextlib.contextmanager
@@ -94,12 +87,10 @@ def take(folder: Path) -> Iterator[Lease | None]:
     path = folder / f"attempt-{before[-1]['number'] + 1 if before else 1}.json"
     now = time.time()
     owner = {"host": socket.gethostname(), "machine": machine(), "pid": os.getpid(), "born": _born(os.getpid())}
+    owner["thread"] = threading.get_ident()  # tells what two threads of this process write from each other
     lease = Lease(path, owner | {"started": now})
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with open(path, "x") as f:
-            f.write(json.dumps(lease.about | {"beat": now}))
-    except FileExistsError:
+    if not files.create(path, json.dumps(lease.about | {"beat": now})):
         yield None
         return
     over = threading.Event()
@@ -120,7 +111,7 @@ def _beat(lease: Lease, over: threading.Event) -> None:
     last = time.monotonic()
     while not over.wait(BEAT_SECONDS):
         try:
-            if after.exists():
+            if files.exists(after):
                 _leave(f"another worker took {lease.path.parent} while this one was suspended")
             lease.write()
             last = time.monotonic()

@@ -1,4 +1,4 @@
-"""Results on disk: one folder a trial, safe under many workers on machines of one file system, and under kills at any moment.
+"""Results on disk or in a bucket: one folder a trial, safe under many workers on many machines, and under kills at any moment.
 
 RUN/experiment.json             what the run is: base config, data, axes
 RUN/table.csv                   the finished trials, rewritten after each: what `fit` reads
@@ -60,24 +60,30 @@ def create(
     }
     check(folder, described)  # before the folder is made
     with files.locked(folder / ".lock"):
-        check(folder, described)  # another process may have made it meanwhile
-        files.write_json(folder / "experiment.json", described)
-        for trial in trials:
+        if not files.write_first(folder / "experiment.json", files.json_text(described)):
+            check(folder, described)  # another process may have made it meanwhile
+            files.write_json(folder / "experiment.json", described)
+
+        def add(trial: Trial) -> None:
             path = trial_folder(folder, trial.id) / "trial.json"
             told = {"config": to_dict(trial.config), "point": dict(trial.point)}
             # How it is run, its mesh, may be another each time.
-            if not path.exists() or files.read_json(path)["config"] != told["config"]:
+            if (files.find_json(path) or {}).get("config") != told["config"]:
                 files.write_json(path, told)
+
+        files.for_each(add, trials, folder)
 
 
 def check(folder: Path, described: dict[str, Any]) -> None:
     """Raises BadInput where `folder` is a run of something else, naming the first thing that differs."""
-    path = folder / "experiment.json"
-    if not path.exists():
-        if folder.exists() and any(not found.name.startswith(".") for found in folder.iterdir()):
+    known = files.find_json(folder / "experiment.json")
+    if known is None:
+        there = {path.name for path in files.children(folder) if not path.name.startswith(".")}
+        if "experiment.json" in there:  # since a moment ago
+            check(folder, described)
+        elif there:
             raise BadInput(f"{folder} is not empty and no run directory; nearest that is free: {_free(folder)}")
         return
-    known = files.read_json(path)
     # Settings that this version has and that one had not are at their defaults there; a default that has changed differs.
     known |= {
         "config": to_dict(what(from_dict(Config, known["config"]))),
@@ -101,22 +107,32 @@ def _difference(old: Any, new: Any, name: str) -> tuple[str, Any, Any]:
 
 
 def _free(folder: Path) -> Path:
-    return next(path for i in range(2, 1000) if not (path := folder.with_name(f"{folder.name}-{i}")).exists())
+    return next(path for i in range(2, 1000) if not files.exists(path := folder.with_name(f"{folder.name}-{i}")))
 
 
 def describe(folder: Path) -> dict[str, Any]:
     """What `create` wrote. Raises BadInput where `folder` is no run directory."""
-    path = folder / "experiment.json"
-    if not path.exists():
-        runs = (
-            sorted(str(found.parent) for found in folder.parent.glob("*/experiment.json"))
-            if folder.parent.is_dir()
-            else []
-        )
+    found = files.find_json(folder / "experiment.json")
+    if found is None:
+        runs = _runs_in(folder.parent)
         raise BadInput(
             f"{folder} is no run directory{did_you_mean(str(folder), runs) if runs else '; make one with llm-jax sweep'}"
         )
-    return files.read_json(path)
+    return found
+
+
+def _runs_in(folder: Path) -> list[str]:
+    """The run directories of a folder that may be looked at."""
+
+    def is_run(path: Path) -> bool:
+        with contextlib.suppress(OSError):
+            return files.exists(path / "experiment.json")
+        return False
+
+    with contextlib.suppress(OSError):
+        paths = files.children(folder)
+        return [str(path) for path, yes in zip(paths, files.for_each(is_run, paths, folder), strict=True) if yes]
+    return []
 
 
 def base_config(folder: Path) -> Config:
@@ -131,10 +147,9 @@ def trial_folder(folder: Path, trial_id: str) -> Path:
 
 def trials(folder: Path) -> list[Trial]:
     """All trials of a run, by cost: cheap ones first."""
-    found = []
-    for path in sorted((folder / "trials").glob("*/trial.json")):
-        value = files.read_json(path)
-        found.append(Trial(from_dict(Config, value["config"]), value["point"]))
+    paths = [path / "trial.json" for path in files.children(folder / "trials")]
+    values = files.for_each(files.find_json, paths, folder)
+    found = [Trial(from_dict(Config, value["config"]), value["point"]) for value in values if value]
     return sorted(found, key=lambda trial: (trial.counts["C_flops"], trial.counts["N_params"], trial.id))
 
 
@@ -143,19 +158,24 @@ def claim(folder: Path, trial_id: str) -> Iterator[Lease | None]:
     """Holds a trial for this worker; yields None where another holds it or it has a result."""
     path = trial_folder(folder, trial_id)
     with contextlib.ExitStack() as stack:
-        lease = None if (path / "result.json").exists() else stack.enter_context(leases.take(path))
+        lease = None if files.exists(path / "result.json") else stack.enter_context(leases.take(path))
         # Another may have finished it before the lease was ours.
-        yield None if (path / "result.json").exists() else lease
+        yield None if files.exists(path / "result.json") else lease
 
 
 def status(folder: Path, trial_id: str) -> str:
     """ "done", "failed", "running" (a live worker holds it), "stopped" (it was begun and nobody holds it) or "waiting"."""
     path = trial_folder(folder, trial_id)
-    if (path / "result.json").exists():
-        return files.read_json(path / "result.json")["status"]
+    if result := files.find_json(path / "result.json"):
+        return result["status"]
     if not (before := leases.attempts(path)):
         return "waiting"
     return "running" if leases.held(before[-1]) else "stopped"
+
+
+def statuses(folder: Path, trial_ids: Sequence[str]) -> dict[str, str]:
+    """`status` of several, by id."""
+    return dict(zip(trial_ids, files.for_each(lambda one: status(folder, one), trial_ids, folder), strict=True))
 
 
 def record(folder: Path, trial: Trial, prepared: Prepared, result: Any, lanes: int = 1) -> None:
@@ -209,13 +229,11 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 
     "time" is wall seconds by phase (scaling/goodput.py). One that is running has its "progress" too, a fraction.
     """
-    found = []
-    for trial in trials(folder):
+
+    def row_of(trial: Trial) -> dict[str, Any]:
         path = trial_folder(folder, trial.id)
         state = status(folder, trial.id)
-        result, timing = (
-            files.read_json(path / name) if (path / name).exists() else {} for name in ("result.json", "timing.json")
-        )
+        result, timing = (files.find_json(path / name) or {} for name in ("result.json", "timing.json"))
         train = trial.config.train
         row: dict[str, Any] = {"id": trial.id, "status": state, "reason": result.get("reason", "")}
         row |= {"depth": trial.point.get("depth", trial.config.model.num_layers), "budget": trial.point.get("compute")}
@@ -249,8 +267,9 @@ def rows(folder: Path) -> list[dict[str, Any]]:
         row |= {name: value for name, value in trial.point.items() if name not in DERIVED}
         if state == "running" and (lines := read_metrics(path)):
             row["progress"] = lines[-1]["step"] / trial.config.num_steps
-        found.append(row)
-    return found
+        return row
+
+    return files.for_each(row_of, trials(folder), folder)
 
 
 def _finished(folder: Path) -> list[dict[str, Any]]:

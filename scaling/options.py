@@ -5,15 +5,40 @@ Nothing heavy is imported here, so that --help answers at once.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Annotated, Literal
 
 from tyro.conf import Positional, UseAppendAction, arg
+from tyro.constructors import PrimitiveConstructorSpec
 
+from llm_jax import files
 from llm_jax.config import Data, Mesh, Model, Train
+from llm_jax.settings import BadInput
 
-RunFolder = Annotated[Positional[Path], arg(metavar="RUN")]
+
+def _path(words: list[str]) -> Path:
+    """tyro would make a page of a ValueError; this is one line."""
+    try:
+        return files.as_path(words[0])
+    except BadInput as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+AnyPath = Annotated[
+    Path,
+    PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=_path,
+        is_instance=lambda value: isinstance(value, PurePath),
+        str_from_instance=lambda path: [str(path)],
+    ),
+]
+"""A local path, or one of a bucket."""
+RunFolder = Annotated[Positional[AnyPath], arg(metavar="RUN")]
 Json = Annotated[bool, arg(help="Print one JSON object and nothing else.")]
 
 
@@ -26,8 +51,8 @@ class TrainOptions:
     data: Data = Data()
     train: Train = Train()
     mesh: Mesh = Mesh()
-    run: Path | None = None
-    """The run directory; default runs/NAME-train. A run that was stopped goes on."""
+    run: AnyPath | None = None
+    """The run directory, perhaps gs://BUCKET/NAME; default runs/NAME-train. A run that was stopped goes on."""
     coordinator: str | None = None
     """HOST:PORT of the first of several processes that train together, one a host; not needed where Cloud TPU, Slurm (srun), Open MPI or
     Kubernetes has started them. Each runs the same command but for --process_id."""
@@ -50,14 +75,14 @@ class SweepOptions:
     axis: UseAppendAction[tuple[tuple[str, ...], ...]] = ()
     """NAME VALUE [VALUE ...]: replaces the experiment's axes; several are combined by product. NAME is any field by its dotted
     name, or depth (rung of the ladder), or compute (FLOPs: D = C / 6N)."""
-    run: Path | None = None
-    """The run directory; default runs/NAME."""
+    run: AnyPath | None = None
+    """The run directory, perhaps gs://BUCKET/NAME; default runs/NAME."""
     workers: int | None = None
     """Processes that train beside each other. Default: one for each GPU or TPU chip, here or of the Ray cluster, where there are any;
     else one here and in Slurm, one for each CPU of a Ray cluster."""
     launcher: Literal["local", "ray", "slurm"] = "local"
     """Where workers run: here, as tasks of a Ray cluster ($RAY_ADDRESS), or as an array of Slurm jobs. On other machines the run
-    directory must be on a file system that all of them share."""
+    directory must be in a bucket or on a file system that all of them share."""
     gpus: int | None = None
     """Of each worker, on each of its hosts; default 1, and all of them for one worker here, or for one of several hosts on Ray. For
     Slurm they must be given."""
@@ -91,7 +116,7 @@ class StatusOptions:
 
     run: RunFolder
     watch: bool = False
-    """Show it again every two seconds until all trials have ended."""
+    """Show it again every two seconds, of a bucket every twenty, until all trials have ended."""
     json: Json = False
 
 
@@ -99,7 +124,7 @@ class StatusOptions:
 class FitOptions:
     """Fit a scaling law to a run, or to any CSV with the columns that the law reads."""
 
-    table: Annotated[Positional[Path | None], arg(metavar="RUN|TABLE.csv")] = None
+    table: Annotated[Positional[AnyPath | None], arg(metavar="RUN|TABLE.csv")] = None
     law: str = "chinchilla"
     """A name that --list shows, or a function of your own, path/to/file.py:function."""
     objective: str = ""
@@ -125,7 +150,7 @@ class FitOptions:
 class BacktestOptions:
     """Forecast a table's larger runs from its smaller ones, and compare with what was measured."""
 
-    table: Annotated[Positional[Path], arg(metavar="RUN|TABLE.csv")]
+    table: Annotated[Positional[AnyPath], arg(metavar="RUN|TABLE.csv")]
     law: str = "chinchilla"
     """A law of N_params and D_tokens, by name or as path/to/file.py:function."""
     share: float = 0.1
@@ -155,7 +180,7 @@ class ForecastOptions:
 class PlanOptions:
     """Say what a budget buys by the fitted law: best N and D, cost of other sizes, serving, and the next sweep."""
 
-    table: Annotated[Positional[Path], arg(metavar="RUN|TABLE.csv")]
+    table: Annotated[Positional[AnyPath], arg(metavar="RUN|TABLE.csv")]
     compute: float | None = None
     """FLOPs of the run to plan, 6 N D; or give --price or --device_hours."""
     price: float | None = None
@@ -211,7 +236,7 @@ class CalibrateOptions:
 class BenchFitOptions:
     """Time fits of scaling laws against the loop over SciPy of published analyses."""
 
-    table: Annotated[Positional[Path | None], arg(metavar="RUN|TABLE.csv")] = None
+    table: Annotated[Positional[AnyPath | None], arg(metavar="RUN|TABLE.csv")] = None
     """Runs to fit Chinchilla's law to; default: 240 simulated ones with 1 % noise."""
     where: str = ""
     """Rows to keep, as for llm-jax fit."""
@@ -359,7 +384,7 @@ class AttentionOptions:
     run: RunFolder
     prompt: str
     """The text. Of a model trained on pairs, the source; the target is what the model makes of it."""
-    out: Annotated[Path | None, arg(metavar="FILE.png|.svg")] = None
+    out: Annotated[AnyPath | None, arg(metavar="FILE.png|.svg")] = None
     """Where the figure goes; default RUN/attention.png."""
     trial: str | None = None
     """Id, or its first digits; default: the trial with the lowest loss."""

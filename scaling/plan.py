@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from llm_jax import files
 from llm_jax.settings import BadInput
 from scaling import design, laws, ledger, tables, uncertainty
 from scaling import fit as fitting
@@ -140,9 +141,9 @@ def next_sweep(fitted: Fit, table: Table, target: float, budget: float, runs: in
 
 def plan(path: Path, budget: Budget, where: str = "", **choices: Any) -> dict[str, Any]:
     """`plan_table` of a run directory or a CSV, of the rows for which `where` holds."""
-    if path.is_dir():
+    if files.is_dir(path):
         ledger.describe(path)
-        if not (path / "table.csv").exists():
+        if not files.exists(path / "table.csv"):
             raise BadInput(f"{path} has no finished trial; see llm-jax status {path}")
     return plan_table(tables.read(path).where(where), budget, **choices)
 

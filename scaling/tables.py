@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from llm_jax import files
 from llm_jax.settings import BadInput, did_you_mean
 from scaling import expressions
 
@@ -92,13 +93,13 @@ def read(path: str | Path) -> Table:
     made where they are absent: `row`, the number of the row in the file from 1, N_active, which is N_params, and C_flops =
     6 N D of the active N (Kaplan et al. 2020), in float64 because 6 N D overflows an int64.
     """
-    path = Path(path)
-    path = path / "table.csv" if path.is_dir() else path
-    if not path.is_file():
-        near = sorted(p.name for p in path.parent.glob("*.csv")) if path.parent.is_dir() else []
+    path = files.as_path(path)
+    path = path / "table.csv" if files.is_dir(path) else path
+    if not files.exists(path):
+        near = [p.name for p in files.children(path.parent) if p.suffix == ".csv"]
         raise BadInput(f"{path} is no table{did_you_mean(path.name, near) if near else ''}")
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        header, *rows = [row for row in csv.reader(file) if row] or [[]]
+    text = io.StringIO(files.read_bytes(path).decode("utf-8-sig"), newline="")
+    header, *rows = [row for row in csv.reader(text) if row] or [[]]
     header = [name.strip() for name in header]
     if not header or not rows:
         raise BadInput(f"{path} holds no rows")

@@ -14,6 +14,7 @@ which are the (k-1)-grams.
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llm_jax import files
 from llm_jax.config import Model
 from llm_jax.models.feedforward import NOTHING, Cache
 from llm_jax.settings import BadInput
@@ -185,15 +187,14 @@ def log_probs(params: Params, tokens_RxT: np.ndarray, segment_RxT: np.ndarray | 
 def save(params: Params, path: Path) -> None:
     """The arrays that cannot be computed from others, compressed."""
     names = ("first_C", "token_G", "count_G")
-    with open(path, "wb") as f:
-        np.savez_compressed(
-            f, **{f"{k}/{name}": getattr(level, name) for k, level in enumerate(params) for name in names}
-        )
+    f = io.BytesIO()
+    np.savez_compressed(f, **{f"{k}/{name}": getattr(level, name) for k, level in enumerate(params) for name in names})
+    files.write_atomic(path, f.getvalue())
 
 
 def load(path: Path) -> Params:
     """The inverse of `save`."""
-    with np.load(path) as arrays:
+    with np.load(io.BytesIO(files.read_bytes(path))) as arrays:
         return tuple(
             _level(arrays[f"{k}/first_C"], arrays[f"{k}/token_G"], arrays[f"{k}/count_G"])
             for k in range(len(arrays) // 3)

@@ -10,6 +10,7 @@ import jax
 import orbax.checkpoint as ocp
 from absl import logging
 
+from llm_jax import files
 from llm_jax.training import hosts
 
 logging.set_verbosity(logging.ERROR)  # Orbax reports every file
@@ -27,7 +28,7 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int | None = 1):
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
         with _ORBAX:
-            self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+            self._manager = ocp.CheckpointManager(files.absolute(folder), options=options)
 
     def steps(self) -> list[int]:
         """Those saved whole, ascending, as the first of several processes sees them."""

@@ -34,16 +34,14 @@ def find_trial(path: Path) -> Source:
 
     Raises BadInput where it is neither, or nothing there is finished.
     """
-    folders = [path] if (path / "trial.json").exists() else [found.parent for found in path.glob("trials/*/trial.json")]
+    folders = [path] if files.exists(path / "trial.json") else files.children(path / "trials")
     if not folders:
         near = [str(found.parent) for found in path.parent.glob("*/experiment.json")]
         raise BadInput(
             f"train.init_from={path} is no run directory and no trial's folder{did_you_mean(str(path), near) if near else ''}"
         )
-    results = {
-        folder: files.read_json(folder / "result.json") for folder in folders if (folder / "result.json").exists()
-    }
-    done = {folder: result for folder, result in results.items() if result["status"] == "done"}
+    results = files.for_each(lambda folder: files.find_json(folder / "result.json"), folders, path)
+    done = {folder: one for folder, one in zip(folders, results, strict=True) if one and one["status"] == "done"}
     if not done:
         raise BadInput(f"train.init_from={path} has no finished trial; see llm-jax status")
     best = min(done, key=lambda folder: (done[folder].get("loss", math.inf), folder.name))
@@ -59,7 +57,7 @@ def plan(cfg: Config, tokenizer_sha256: str | None = None) -> tuple[Source, dict
     Arrays of tokens are left where the tokenizer is another than `tokenizer_sha256`. Raises BadInput where nothing is taken, and where
     train.freeze would hold what is left, as it was drawn at random.
     """
-    source, name = find_trial(Path(cfg.train.init_from)), cfg.train.init_from
+    source, name = find_trial(files.as_path(cfg.train.init_from)), cfg.train.init_from
     own, theirs = (
         {part.name: (part.times, part.shape) for part in parts(model, 1) if part.stored}
         for model in (cfg.model, source.config.model)

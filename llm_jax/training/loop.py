@@ -208,7 +208,7 @@ def train(
         first_step = 0
         if saved := checkpoints.steps():
             state = checkpoints.restore(saved[-1], state)
-            first_step = files.read_json(folder / "start.json")["first_step"] if (folder / "start.json").exists() else 0
+            first_step = (files.find_json(folder / "start.json") or {}).get("first_step", 0)
         elif trunk and (past := [step for step in trunk.steps() if step <= cooldown_start(cfg.train, num_steps)]):
             first_step = past[-1]
             state = trunk.restore(first_step, state)
@@ -269,6 +269,7 @@ def train(
                     metrics.write_evaluation(step, cfg, evaluate(params=whole(state).params))
                 if bad_step is None and boundary:
                     watch.enter("checkpoint")
+                    metrics.flush()  # a restart from the checkpoint finds the lines of all steps before it
                     if trunk and step in branch_steps:  # first: a kill between the two must not lose the branch
                         trunk.save(step, whole(state))
                     checkpoints.save(step, whole(state))
@@ -330,7 +331,6 @@ def _count(cfg: Config, prepared: Prepared, iterator, evaluate, folder: Path, pr
     tokens_RxT = np.concatenate([next(iterator)["tokens"] for _ in range(cfg.num_steps)])
     params = ngram.count(cfg.model, tokens_RxT, prepared.tokenizer().bos if cfg.data.document_mask else None)
     if hosts.first():
-        folder.mkdir(parents=True, exist_ok=True)
         ngram.save(params, folder / COUNTS)
     seconds = time.perf_counter() - started
     evaluation = evaluate(params=params)

@@ -16,10 +16,13 @@ if TYPE_CHECKING:  # loads JAX; reading metrics does without
     from llm_jax.training.pretrain import Evaluation
 
 
+FILE = "metrics.jsonl"
+
+
 class Metrics:
     """Appends to metrics.jsonl and to TensorBoard's events; a restart at `step` drops the lines that it will write again.
 
-    Of several processes that train together only the first `writes`.
+    A bucket has them when they are flushed. Of several processes that train together only the first `writes`.
     """
 
     def __init__(self, folder: Path, step: int, writes: bool = True):
@@ -29,15 +32,11 @@ class Metrics:
         self._writes = writes
         if not writes:
             return
-        path = folder / "metrics.jsonl"
-        kept = []
-        for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
-            if line.endswith("\n") and json.loads(line)["step"] <= step:
-                kept.append(line)
-        files.write_atomic(path, "".join(kept))
+        kept = [line for line in _lines(folder) if json.loads(line)["step"] <= step]
         # By lines: a restart from a checkpoint finds the lines of all steps before it, and `status` those of a run under way.
-        self._file = open(path, "a", buffering=1)  # noqa: SIM115 (closed by close)
-        self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1, flush_secs=30)
+        self._lines = files.Lines(folder / FILE, "".join(kept))
+        self._shelf = folder / "tensorboard"
+        self._events = SummaryWriter(str(files.here(self._shelf)), purge_step=step + 1, flush_secs=30)
 
     def write(self, cfg: Config, step: int, n: int, metrics_C: dict[str, Any]) -> int | None:
         """One line for steps `step` to `step + n`: means over them. Returns the first step whose loss is not finite."""
@@ -65,17 +64,34 @@ class Metrics:
     def _write(self, line: dict[str, Any]) -> None:
         if not self._writes:
             return
-        self._file.write(json.dumps(line) + "\n")
+        self._lines.write(json.dumps(line))
         for name, value in line.items():
             if name not in ("step", "tokens", "expert_load"):
                 self._events.add_scalar(name, value, line["step"])
+
+    def flush(self) -> None:
+        """What was written is there for all to read."""
+        if self._writes and files.in_bucket(self._shelf):
+            self._lines.flush()
+            self._events.flush()
+            files.copy_files(files.here(self._shelf), self._shelf)
 
     def close(self) -> None:
         """Closes metrics.jsonl and the events."""
         if not self._writes:
             return
-        self._file.close()
+        self.flush()
+        self._lines.close()
         self._events.close()
+
+
+def _lines(folder: Path) -> list[str]:
+    """Those written whole, with their ends."""
+    try:
+        text = files.read_bytes(folder / FILE).decode()
+    except FileNotFoundError:
+        return []
+    return [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def _load(load_CxLxE: np.ndarray) -> dict[str, Any]:
@@ -93,6 +109,4 @@ def _load(load_CxLxE: np.ndarray) -> dict[str, Any]:
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """Lines of metrics.jsonl; one that is being written is left out."""
-    path = folder / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    return [json.loads(line) for line in _lines(folder)]

@@ -160,9 +160,10 @@ def _beside(seconds: float, median: float) -> str:
 def behind(beats: Path, process: int, step: int) -> list[str]:
     """Of the processes that write beats, those that are silent, or have taken fewer steps than `step`; in words."""
     found = []
-    here = (beats / f"{process}.json").stat().st_mtime  # stamped by the clock that stamps the others
-    for path in sorted(beats.glob("*.json"), key=lambda path: int(path.stem)):
-        about, silent = files.read_json(path), here - path.stat().st_mtime
+    here = files.modified(beats / f"{process}.json")  # stamped by the clock that stamps the others
+    paths = [path for path in files.children(beats) if path.suffix == ".json"]
+    for path in sorted(paths, key=lambda path: int(path.stem)):
+        about, silent = files.read_json(path), here - files.modified(path)
         who = f"process {path.stem} on {about['host']}"
         if silent > SILENT_SECONDS:
             found.append(f"{who} has been silent for {silent:.0f} s, last at step {about['step']} in {about['phase']}")

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llm_jax import files
 from llm_jax.settings import BadInput
 from llm_jax.training.preemption import Preempted
 from scaling.launchers import Resources
@@ -101,16 +102,18 @@ def share_cpus(index: int, workers: int) -> None:
 
 
 def run(folder: Path, prepared: Prepared, workers: int | None, resources: Resources) -> None:
-    """Trains what is left of a run in this process, the first worker, and others beside it, which write to RUN/worker-K.log.
+    """Trains what is left of a run in this process, the first worker, and others beside it, which write to RUN/worker-K.log
+    (files.here).
 
     Each ends with the run. Where this process is told to leave it tells the others, and raises Preempted when they have left.
     """
     kind, ids = devices()
     workers = workers or default_workers(kind, ids, resources)
     environments = [environment(index, workers, kind, ids, resources) for index in range(workers)]
-    others = []
+    others, logs = [], files.here(folder)
+    logs.mkdir(parents=True, exist_ok=True)
     for index in range(1, workers):
-        with open(folder / f"worker-{index}.log", "w") as log:
+        with open(logs / f"worker-{index}.log", "w") as log:
             command = [sys.executable, "-m", "scaling.cli", "work", str(folder), str(index), str(workers)]
             env = os.environ | environments[index]
             others.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env))
@@ -128,6 +131,4 @@ def run(folder: Path, prepared: Prepared, workers: int | None, resources: Resour
         ended = [other.wait() for other in others]
     for index, status in enumerate(ended, 1):
         if status:
-            print(
-                f"llm-jax: worker {index} ended with status {status}; see {folder}/worker-{index}.log", file=sys.stderr
-            )
+            print(f"llm-jax: worker {index} ended with status {status}; see {logs}/worker-{index}.log", file=sys.stderr)

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llm_jax import files
 from llm_jax.settings import BadInput
 from llm_jax.training import hosts
 from llm_jax.training.preemption import Preempted
@@ -53,7 +54,7 @@ async def _run(folder: Path, workers: int | None, resources: Resources) -> str:
 
     nodes = [node for node in ray.nodes() if node["Alive"]]
     bundle = _bundle(nodes, resources)
-    where = str(folder.resolve()), os.getcwd()
+    where = str(files.absolute(folder)), os.getcwd()
     begun: list[Awaitable[None]]
     if resources.together:
         workers = workers or groups_at_once(nodes, bundle, resources)
@@ -93,7 +94,8 @@ def _answers(address: str) -> bool:
 def _so_far(folder: Path) -> tuple[float, str]:
     """The share of a run's FLOPs that has ended, and in words."""
     trials = ledger.trials(folder)
-    ended = [trial for trial in trials if ledger.status(folder, trial.id) in ledger.ENDED]
+    state = ledger.statuses(folder, [trial.id for trial in trials])
+    ended = [trial for trial in trials if state[trial.id] in ledger.ENDED]
     costs = [sum(max(1.0, trial.counts["C_flops"]) for trial in some) for some in (ended, trials)]
     return costs[0] / costs[1], f"{len(ended)} of {len(trials)} trials"
 
@@ -168,7 +170,7 @@ def _task(function: Any, bundle: Mapping[str, float], strategy: Any, **options: 
 def _work_there(folder: str, index: int, workers: int, cwd: str) -> None:
     if os.path.isdir(cwd):
         os.chdir(cwd)  # paths of data may be relative
-    work(Path(folder), index, workers)
+    work(files.as_path(folder), index, workers)
 
 
 # A worker of several hosts
@@ -182,7 +184,7 @@ async def _group(resources: Resources, bundle: dict[str, float], args: tuple) ->
     from ray.exceptions import RayError, RayTaskError
 
     for left in range(RETRIES, -1, -1):
-        before = _steps(Path(args[0]))
+        before = _steps(files.as_path(args[0]))
         try:
             async with _reserved(resources, bundle) as (places, each):
                 coordinator = await _task(_free_address, {"CPU": 0}, places[0]).remote()
@@ -191,7 +193,7 @@ async def _group(resources: Resources, bundle: dict[str, float], args: tuple) ->
                 await asyncio.gather(*(task.remote(coordinator, count, i, *args) for i, task in enumerate(tasks)))
             return
         except RayTaskError as error:
-            if not left or not (isinstance(error, Preempted) or _steps(Path(args[0])) > before):
+            if not left or not (isinstance(error, Preempted) or _steps(files.as_path(args[0])) > before):
                 raise
         except RayError:
             if not left:
@@ -252,5 +254,5 @@ def _work_together(coordinator: str, count: int, number: int, *args: Any) -> Non
 
 def _steps(folder: Path) -> int:
     """How far a run is: the steps that its attempts told of, each trial's furthest."""
-    paths = (folder / "trials").glob("*")
-    return sum(max((one.get("step", 0) for one in leases.attempts(path)), default=0) for path in paths)
+    attempts = files.for_each(leases.attempts, files.children(folder / "trials"), folder)
+    return sum(max((one.get("step", 0) for one in of_trial), default=0) for of_trial in attempts)

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llm_jax import files
 from llm_jax.settings import BadInput
 from llm_jax.training import hosts
 from llm_jax.training.preemption import Preempted
@@ -23,7 +24,7 @@ class SlurmWorker:
         try:
             if hosts.launcher(os.environ) == "Slurm":  # has started a task on each of several nodes
                 hosts.connect()
-            work(Path(folder), index, workers)
+            work(files.as_path(folder), index, workers)
         except Preempted:
             signal.raise_signal(signal.SIGUSR2)  # submitit's handler: puts the job back into the queue, and exits
             raise
@@ -38,7 +39,7 @@ class SlurmWorker:
 def submit(
     folder: Path, workers: int | None, resources: Resources, sbatch: Sequence[str] = (), cluster: str = "slurm"
 ) -> list[Any]:
-    """Submits an array of jobs, a worker each, and returns submitit's jobs at once; logs go to RUN/slurm.
+    """Submits an array of jobs, a worker each, and returns submitit's jobs at once; logs go to RUN/slurm (files.here).
 
     `sbatch` are more options of it, NAME=VALUE. Slurm sends SIGUSR2 90 s before the end of a job's time, and SIGTERM when it preempts
     one: either way the worker saves and its job goes back into the queue.
@@ -51,7 +52,9 @@ def submit(
         if not (name and equals):
             raise BadInput(f'--sbatch takes NAME=VALUE, such as partition=gpu, got "{one}"')
         options[name.lstrip("-").replace("-", "_")] = value
-    executor = submitit.AutoExecutor(folder=folder / "slurm", cluster=cluster, slurm_max_num_timeout=RETRIES)
+    executor = submitit.AutoExecutor(
+        folder=files.here(folder) / "slurm", cluster=cluster, slurm_max_num_timeout=RETRIES
+    )
     executor.update_parameters(
         name=f"llm-jax {folder.name}",
         timeout_min=max(1, math.ceil(60 * (resources.hours or 24.0))),
@@ -64,5 +67,6 @@ def submit(
         executor.update_parameters(gpus_per_node=resources.gpus)
     workers = workers or 1
     env = passed_on()
+    run = str(files.absolute(folder))
     with executor.batch():
-        return [executor.submit(SlurmWorker(), str(folder.resolve()), i, workers, env) for i in range(workers)]
+        return [executor.submit(SlurmWorker(), run, i, workers, env) for i in range(workers)]

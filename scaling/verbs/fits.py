@@ -42,7 +42,7 @@ def fit(options: FitOptions) -> None:
         print(groups.to_json() if options.json else groups.summary())
         return
     found = analyse(table)
-    if options.table.is_dir() and not options.where:
+    if files.is_dir(options.table) and not options.where:
         files.write_json(options.table / "fit.json", tables.finite(found.to_dict()))
     print(found.to_json(options.conventions) if options.json else found.summary(options.conventions))
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llm_jax import files
 from llm_jax.config import Mesh
 from llm_jax.settings import BadInput, fingerprint
 from llm_jax.training import hosts
@@ -151,7 +152,7 @@ def status(options: StatusOptions) -> None:
                 print(time_went)
         if not options.watch or all(row["status"] in ledger.ENDED for row in rows):
             return
-        time.sleep(2)
+        time.sleep(2 * files.poll_seconds(options.run))
 
 
 def verify(options: VerifyOptions) -> None:
