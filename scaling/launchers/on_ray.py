@@ -20,7 +20,8 @@ from scaling.progress import progress
 
 POLL_SECONDS = 5.0
 GONE_SECONDS = 30.0
-"""Without the head, after which a sweep gives up its cluster. Ray itself ends a process, with no status of ours, after 60."""
+"""Without the head, or Ray's daemon here, after which a sweep gives up its cluster. Ray itself ends a process that lost the head after 60,
+with no status of ours. The daemon ends half a minute after the head was started again: that one does not know it."""
 SLICES = {"v5e": "v5litepod", "tpu7x": "v7x"}
 """Ray's names of TPU versions, where they are others than ours."""
 WORKER_ID = "ray.io/tpu-worker-id"
@@ -62,7 +63,8 @@ async def _run(folder: Path, workers: int | None, resources: Resources) -> str:
         homes = rooms(nodes, bundle)
         workers = workers or max(1, len(homes))
         begun = [_alone(bundle, home, (where[0], i, workers, where[1])) for i, home in enumerate(_fill(homes, workers))]
-    head = ray.get_runtime_context().gcs_address
+    here = next(node for node in nodes if node["NodeID"] == ray.get_runtime_context().get_node_id())
+    needed = [ray.get_runtime_context().gcs_address, f"{here['NodeManagerAddress']}:{here['NodeManagerPort']}"]
     failed, seen = "", time.monotonic()
     running = {asyncio.ensure_future(one) for one in begun}
     with progress("sweep", 1.0, "") as update:
@@ -73,21 +75,23 @@ async def _run(folder: Path, workers: int | None, resources: Resources) -> str:
                     one.result()
                 except (RayTaskError, WorkerCrashedError) as error:
                     failed = str(error).strip().splitlines()[-1]
-            if _answers(head):
+            silent = [address for address in needed if not _answers(address)]
+            if not silent:
                 seen = time.monotonic()
             elif time.monotonic() - seen > GONE_SECONDS:
-                raise Preempted(f"by the loss of the Ray cluster: nothing answers at {head}")
+                raise Preempted(f"by the loss of the Ray cluster: nothing answers at {silent[0]}")
             update(*_so_far(folder))
     return failed
 
 
 def _answers(address: str) -> bool:
+    """Asked without Ray, whose own calls end the process where the head is not the one they know."""
     host, _, port = address.rpartition(":")
     try:
-        with socket.create_connection((host.strip("[]"), int(port)), timeout=2.0):
-            return True
+        socket.create_connection((host.strip("[]"), int(port)), timeout=2.0).close()
     except OSError:
         return False
+    return True
 
 
 def _so_far(folder: Path) -> tuple[float, str]:
