@@ -63,8 +63,7 @@ async def _run(folder: Path, workers: int | None, resources: Resources) -> str:
         homes = rooms(nodes, bundle)
         workers = workers or max(1, len(homes))
         begun = [_alone(bundle, home, (where[0], i, workers, where[1])) for i, home in enumerate(_fill(homes, workers))]
-    here = next(node for node in nodes if node["NodeID"] == ray.get_runtime_context().get_node_id())
-    needed = [ray.get_runtime_context().gcs_address, f"{here['NodeManagerAddress']}:{here['NodeManagerPort']}"]
+    needed = _needed(nodes)
     failed, seen = "", time.monotonic()
     running = {asyncio.ensure_future(one) for one in begun}
     with progress("sweep", 1.0, "") as update:
@@ -82,6 +81,17 @@ async def _run(folder: Path, workers: int | None, resources: Resources) -> str:
                 raise Preempted(f"by the loss of the Ray cluster: nothing answers at {silent[0]}")
             update(*_so_far(folder))
     return failed
+
+
+def _needed(nodes: Sequence[Mapping[str, Any]]) -> list[str]:
+    """HOST:PORT of the cluster's head and of Ray's daemon here. None for Ray's client (ray://), which says itself that it lost them."""
+    import ray
+
+    if ray.util.client.ray.is_connected():
+        return []
+    context = ray.get_runtime_context()
+    here = next(node for node in nodes if node["NodeID"] == context.get_node_id())
+    return [context.gcs_address, f"{here['NodeManagerAddress']}:{here['NodeManagerPort']}"]
 
 
 def _answers(address: str) -> bool:
