@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import socket
+import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from pathlib import Path
@@ -57,7 +58,11 @@ async def _run(folder: Path, workers: int | None, resources: Resources) -> str:
     where = str(folder.resolve()), os.getcwd()
     begun: list[Awaitable[None]]
     if resources.together:
-        workers = workers or groups_at_once(nodes, bundle, resources)
+        at_once = groups_at_once(nodes, bundle, resources)
+        workers = workers or max(1, at_once)
+        if not at_once:
+            asked = resources.topology or f"{resources.hosts} nodes, each with {bundle}"
+            print(f"llm-jax: the Ray cluster has no {asked}; waiting for them", file=sys.stderr)
         begun = [_group(resources, bundle, (where[0], i, workers, where[1])) for i in range(workers)]
     else:
         homes = rooms(nodes, bundle)
@@ -137,14 +142,14 @@ def _room(node: Mapping[str, Any], bundle: Mapping[str, float]) -> int:
 
 
 def groups_at_once(nodes: Sequence[Mapping[str, Any]], bundle: Mapping[str, float], resources: Resources) -> int:
-    """How many groups of hosts have room, each with its hosts on different nodes; at least 1."""
+    """How many groups of hosts have room, each with its hosts on different nodes."""
     if resources.topology:
         from ray.util import tpu
 
-        return max(1, tpu.get_num_tpu_slices(*_slice(resources.topology)))
+        return tpu.get_num_tpu_slices(*_slice(resources.topology))
     room = [_room(node, bundle) for node in nodes]
     needed = resources.hosts or 1
-    return max([n for n in range(1, sum(room) + 1) if sum(min(one, n) for one in room) >= n * needed], default=1)
+    return max([n for n in range(1, sum(room) + 1) if sum(min(one, n) for one in room) >= n * needed], default=0)
 
 
 def _slice(topology: str) -> tuple[str, str]:
@@ -233,7 +238,8 @@ async def _reserved(
         await group.ready()
         node_of = placement_group_table(group)["bundles_to_node_id"]
         labels = {node["NodeID"]: node.get("Labels") or {} for node in ray.nodes()}
-        order = sorted(node_of, key=lambda one: int(labels[node_of[one]].get(WORKER_ID, 0)))
+        # Else by node: where the nodes are those of before the first process is on its node again, which knows that its lease is over.
+        order = sorted(node_of, key=lambda one: (int(labels[node_of[one]].get(WORKER_ID, 0)), node_of[one]))
         yield [PlacementGroupSchedulingStrategy(group, int(one)) for one in order], bundle
 
 
