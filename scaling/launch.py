@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import jax
 
-from llm_jax import files
+from llm_jax import files, kernels
 from llm_jax.config import trunk_key
 from llm_jax.data.prepare import Prepared
 from llm_jax.training import hosts, initial, loop, preemption
+from llm_jax.training.lanes import Lanes
 from llm_jax.training.optimizer import cooldown_start
 from llm_jax.training.preemption import Preempted
 from llm_jax.training.watch import Watch
@@ -38,7 +42,7 @@ AHEAD = 4
 """Threads that compile. XLA takes several cores for one program, and tracing it holds Python's lock."""
 
 
-def compile_ahead(order: Sequence[Trial], prepared: Prepared) -> dict[tuple, Future]:
+def compile_ahead(order: Sequence[Trial], prepared: Prepared, lanes: int) -> dict[tuple, Future]:
     """By `loop.programs`, the compilation of what trials need, under way in the order of the trials while the first are trained.
 
     Only where an accelerator trains: the cores are free then. And where all of it is of this process. Else nothing.
@@ -47,7 +51,24 @@ def compile_ahead(order: Sequence[Trial], prepared: Prepared) -> dict[tuple, Fut
         return {}
     pool = ThreadPoolExecutor(min(AHEAD, os.cpu_count() or 1))
     configs = {loop.programs(t.config): t.config for t in reversed(order) if not t.config.model.counted}
-    return {key: pool.submit(loop.compile_ahead, configs[key], prepared) for key in reversed(configs)}
+    of_each = Counter(loop.programs(t.config) for t in order if lanes > 1 and fits_beside(t))
+    return {key: pool.submit(loop.compile_ahead, configs[key], prepared, of_each[key] > 1) for key in reversed(configs)}
+
+
+LANES = 2
+"""Threads of a worker that train trials of small models side by side on one GPU. Four at a time gain no more than two."""
+
+
+def lanes_here() -> int:
+    """How many trials this process trains at a time: two on a GPU of its own, else one."""
+    alone = jax.process_count() == jax.device_count() == 1
+    return LANES if alone and jax.default_backend() == "gpu" else 1
+
+
+def fits_beside(trial: Trial) -> bool:
+    """Whether a trial leaves half of a GPU to another: its speed, and its memory."""
+    model, train = trial.config.model, trial.config.train
+    return not model.counted and model.d_model <= kernels.SMALL_WIDTH and train.compile == "jit"
 
 
 @contextlib.contextmanager
@@ -84,6 +105,7 @@ def run_trial(
     update: Callable,
     lease: Lease | None,
     told: Callable[[], bool],
+    lanes: Lanes | None,
 ) -> None:
     """Trains a claimed trial and records how it ended. `lease` is told where time goes; None in processes beside the one that has it."""
     beats = ledger.trial_folder(folder, trial.id) / "beats"
@@ -100,10 +122,11 @@ def run_trial(
             progress=update,
             told=told,
             watch=watch,
+            lanes=lanes,
         )
     if not hosts.first():
         return
-    ledger.record(folder, trial, prepared, result)
+    ledger.record(folder, trial, prepared, result, LANES if lanes else 1)
     if (said := ledger.trial_folder(folder, trial.id) / initial.FILE).exists():
         start = files.read_json(said)
         print(
@@ -112,13 +135,14 @@ def run_trial(
         )
 
 
-def work(folder: Path, prepared: Prepared, start: float = 0.0) -> None:
-    """Trains trials of a run until none is left, alone or beside other workers.
+def work(folder: Path, prepared: Prepared, start: float = 0.0, lanes: int | None = None) -> None:
+    """Trains trials of a run until none is left, alone or beside other workers; small ones in `lanes`, by default as many as pay here.
 
     Each worker begins at another share `start` of the trials, so that a shape is compiled by one of them. Runs that branch off
     a trunk wait for the longest of their group, which trains the trunk. Raises Preempted where a signal tells this process to leave.
     """
     use_compile_cache()
+    lanes = lanes or lanes_here()
     trials = ledger.trials(folder)
     leader: dict[str, str] = {}
     branches: dict[str, list[int]] = {}
@@ -129,33 +153,100 @@ def work(folder: Path, prepared: Prepared, start: float = 0.0) -> None:
     order = sorted(trials, key=lambda t: (t.id in leader, t.counts["N_params"], t.counts["D_tokens"], t.id))
     first = int(start * len(order))
     order = order[first:] + order[:first]
+    compiled = compile_ahead([t for t in order if ledger.status(folder, t.id) not in ledger.ENDED], prepared, lanes)
     total = sum(t.counts["C_flops"] for t in order)
-    compiled = compile_ahead([t for t in order if ledger.status(folder, t.id) not in ledger.ENDED], prepared)
-    with _cancelled(compiled.values()), preemption.noticed() as told, progress("sweep", total, "FLOP") as update:
-        while True:
-            if told():
-                raise Preempted("between trials")
-            state = hosts.agreed({trial.id: ledger.status(folder, trial.id) for trial in order})
-            done = sum(t.counts["C_flops"] for t in order if state[t.id] in ledger.ENDED)
-            left = [t for t in order if state[t.id] not in ledger.ENDED]
-            if not left:
-                if hosts.first():
-                    ledger.write_table(folder)  # again: another worker's last result may have come after our last table
-                return
-            for trial in left:
-                if state.get(leader.get(trial.id, ""), "done") not in ledger.ENDED:
-                    continue
-                with claim(folder, trial.id) as (mine, lease):
-                    if mine:
-                        cost = trial.counts["C_flops"]
+    with _cancelled(compiled.values()), preemption.noticed() as signalled, progress("sweep", total, "FLOP") as update:
+        board = Board(update)
+        meeting = Lanes() if lanes > 1 else None
+        # Of the device: a trial that does not fit beside another takes them all.
+        room = threading.Semaphore(lanes)
 
-                        def report(step, steps, loss, trial=trial, done=done, cost=cost):
-                            shape = f"N {trial.counts['N_params']:.3g} D {trial.counts['D_tokens']:.3g}"
-                            update(done + cost * step / steps, f"{shape} loss {loss:.3f}")
+        def told() -> bool:
+            return signalled() or board.over.is_set()
 
-                        if under_way := compiled.get(loop.programs(trial.config)):
-                            wait([under_way])  # a failure shows when the trial compiles it again
-                        run_trial(folder, trial, prepared, branches.get(trial.id, ()), report, lease, told)
+        def lane(number: int) -> None:
+            while True:
+                if told():
+                    raise Preempted("between trials")
+                state = hosts.agreed({trial.id: ledger.status(folder, trial.id) for trial in order})
+                left = [t for t in order if state[t.id] not in ledger.ENDED]
+                mine = [t for t in left if number == 0 or fits_beside(t)]
+                if not mine:
+                    return
+                board.ended(sum(t.counts["C_flops"] for t in order if state[t.id] in ledger.ENDED))
+                for trial in mine:
+                    if state.get(leader.get(trial.id, ""), "done") not in ledger.ENDED or state[trial.id] == "running":
+                        continue
+                    if train(trial, number):
                         break
-            else:
-                time.sleep(POLL_SECONDS)
+                else:
+                    time.sleep(POLL_SECONDS)
+
+        def train(trial: Trial, number: int) -> bool:
+            with _held(room, 1 if fits_beside(trial) else lanes), claim(folder, trial.id) as (ours, lease):
+                if ours:
+                    if under_way := compiled.get(loop.programs(trial.config)):
+                        wait([under_way])  # a failure shows when the trial compiles it again
+                    report = functools.partial(board.report, number, trial)
+                    beside = meeting if fits_beside(trial) else None
+                    run_trial(folder, trial, prepared, branches.get(trial.id, ()), report, lease, told, beside)
+                    board.report(number, trial, 0, 1)
+                return ours
+
+        _side_by_side(lane, lanes, board.over)
+        if hosts.first():
+            ledger.write_table(folder)  # again: another worker's last result may have come after our last table
+
+
+class Board:
+    """The progress of all lanes."""
+
+    def __init__(self, update: Callable[[float, str], None]):
+        self._update = update
+        self._lock = threading.Lock()
+        self._ended = 0.0
+        self._running: dict[int, float] = {}  # FLOPs by lane
+        self.over = threading.Event()
+        """Whether a lane has ended by an error, and the others are to save and leave."""
+
+    def ended(self, flops: float) -> None:
+        """Of all trials that have."""
+        with self._lock:
+            self._ended = flops
+
+    def report(self, lane: int, trial: Trial, step: int, steps: int, loss: float | None = None) -> None:
+        """What a lane has done of its trial."""
+        with self._lock:
+            self._running[lane] = trial.counts["C_flops"] * step / steps
+            if loss is not None:
+                note = f"N {trial.counts['N_params']:.3g} D {trial.counts['D_tokens']:.3g} loss {loss:.3f}"
+                self._update(self._ended + sum(self._running.values()), note)
+
+
+@contextlib.contextmanager
+def _held(room: threading.Semaphore, places: int) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for _ in range(places):
+            stack.enter_context(room)
+        yield
+
+
+def _side_by_side(lane: Callable[[int], None], lanes: int, over: threading.Event) -> None:
+    """Runs lane 0 here and the others in threads; the first error, if any, ends all of them, and is raised."""
+    errors: list[BaseException] = []
+
+    def guarded(number: int) -> None:
+        try:
+            lane(number)
+        except BaseException as error:  # also Ctrl-C, which is the first lane's alone
+            errors.append(error)
+            over.set()
+
+    others = [threading.Thread(target=guarded, args=(number,), name=f"lane {number}") for number in range(1, lanes)]
+    for other in others:
+        other.start()
+    guarded(0)
+    for other in others:
+        other.join()
+    if errors:
+        raise errors[0]

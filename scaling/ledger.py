@@ -158,8 +158,8 @@ def status(folder: Path, trial_id: str) -> str:
     return "running" if leases.held(before[-1]) else "stopped"
 
 
-def record(folder: Path, trial: Trial, prepared: Prepared, result: Any) -> None:
-    """Writes a trial's result, once, and the table."""
+def record(folder: Path, trial: Trial, prepared: Prepared, result: Any, lanes: int = 1) -> None:
+    """Writes a trial's result, once, and the table. `lanes`: how many trials its device trained side by side at most."""
     path = trial_folder(folder, trial.id)
     fixed = {"status": result.status, "reason": result.reason}
     if result.status == "done":
@@ -174,7 +174,7 @@ def record(folder: Path, trial: Trial, prepared: Prepared, result: Any) -> None:
             "seconds": result.seconds,
             "tokens_per_second": result.tokens_per_second,
             "first_step": result.first_step,
-            "hardware": _hardware(),
+            "hardware": _hardware() + (f", {lanes} trials at a time" if lanes > 1 else ""),
         },
     )
     files.write_json(path / "result.json", fixed)

@@ -24,6 +24,7 @@ from llm_jax.settings import BadInput
 from llm_jax.training import hosts, initial, pretrain
 from llm_jax.training import mesh as meshes
 from llm_jax.training.checkpoint import Checkpoints
+from llm_jax.training.lanes import Lanes
 from llm_jax.training.metrics import Metrics
 from llm_jax.training.optimizer import adamw, cooldown_start, learning_rates
 from llm_jax.training.preemption import Preempted
@@ -31,6 +32,7 @@ from llm_jax.training.step import (
     REPLICAS,
     TrainState,
     init_state,
+    make_joined_call,
     make_replica_call,
     make_train_call,
     make_train_step,
@@ -72,17 +74,41 @@ def compiled_call(model: Model, train: Train, prefix: int, mesh: Mesh | None = N
     """(call, init_opt) of step.make_train_call on a mesh, or on the one device of its arguments: one compilation for all trials of a
     shape, as the settings that do not change the program are reset before they reach here."""
     optimizer, pmapped = adamw(train), train.compile == "pmap"
-    loss_fn, adjust = pretrain.loss_fn(model, train, prefix), pretrain.adjust_fn(model, train.freeze)
-    step = make_train_step(loss_fn, optimizer, train.grad_accumulation, adjust, REPLICAS if pmapped else None)
-    options = {"compiler_options": meshes.traced(mesh, kernels.compiler_options)(model.d_model)}
+    step = _step(model, train, prefix, REPLICAS if pmapped else None)
+    options = _options(model, mesh)
     if mesh is None:
         return make_train_call(step, train.steps_per_call, **options), jax.jit(optimizer.init)
-    state, whole = meshes.state_shardings(mesh, model, abstract_state(model, train)), meshes.replicated(mesh)
-    init_opt = jax.jit(optimizer.init, out_shardings=state.opt_state)
+    shardings = _shardings(model, train, mesh)
+    init_opt = jax.jit(optimizer.init, out_shardings=shardings[0].opt_state)
     if pmapped:
         return make_replica_call(step, train.steps_per_call, list(mesh.devices.flat)), init_opt
-    shardings = {"in_shardings": (state, meshes.batch_sharding(mesh), whole, whole), "out_shardings": (state, whole)}
-    return make_train_call(meshes.traced(mesh, step), train.steps_per_call, **shardings, **options), init_opt
+    options |= {"in_shardings": shardings, "out_shardings": (shardings[0], shardings[-1])}
+    return make_train_call(meshes.traced(mesh, step), train.steps_per_call, **options), init_opt
+
+
+@functools.lru_cache
+def joined_call(model: Model, train: Train, prefix: int, mesh: Mesh, trials: int):
+    """step.make_joined_call of so many trials of one shape."""
+    state, batches, rates, whole = _shardings(model, train, mesh)
+    options = _options(model, mesh)
+    options |= {"in_shardings": (trials * (state,), trials * (batches,), trials * (rates,), whole)}
+    options |= {"out_shardings": trials * ((state, whole),)}
+    return make_joined_call(meshes.traced(mesh, _step(model, train, prefix)), train.steps_per_call, **options)
+
+
+def _step(model: Model, train: Train, prefix: int, replicas: str | None = None):
+    loss_fn, adjust = pretrain.loss_fn(model, train, prefix), pretrain.adjust_fn(model, train.freeze)
+    return make_train_step(loss_fn, adamw(train), train.grad_accumulation, adjust, replicas)
+
+
+def _options(model: Model, mesh: Mesh | None) -> dict[str, Any]:
+    return {"compiler_options": meshes.traced(mesh, kernels.compiler_options)(model.d_model)}
+
+
+def _shardings(model: Model, train: Train, mesh: Mesh) -> tuple[Any, ...]:
+    """Of the state, the batches, the learning rates and the number of steps of a call."""
+    state, whole = meshes.state_shardings(mesh, model, abstract_state(model, train)), meshes.replicated(mesh)
+    return state, meshes.batch_sharding(mesh), whole, whole
 
 
 @functools.lru_cache
@@ -102,8 +128,9 @@ def _compiled_init(model: Model, mesh: Mesh | None = None):
     return jax.jit(init, compiler_options=options, out_shardings=shardings)
 
 
-def compile_ahead(cfg: Config, prepared: Prepared) -> None:
-    """Compiles what `train` runs for a resolved `cfg`, without running it; `train` then compiles none of it again. Any thread may."""
+def compile_ahead(cfg: Config, prepared: Prepared, joined: bool = False) -> None:
+    """Compiles what `train` runs for a resolved `cfg`, with `joined` also what lanes do, without running it; `train` then compiles none of
+    it again. Any thread may."""
     mesh = meshes.make(cfg)
     call, _ = compiled_call(cfg.model, program(cfg.train), cfg.data.prefix, mesh)
     _compiled_init(cfg.model, mesh).lower(jax.random.key(0)).compile()
@@ -112,8 +139,12 @@ def compile_ahead(cfg: Config, prepared: Prepared) -> None:
     first = next(pipeline.train_iterator(prepared, cfg.data.context, cfg.rows_per_step, cfg.data.shuffle_seed))
     rows_C = _stack([first], cfg.train.steps_per_call)
     batches = pretrain.make_batch(rows_C["tokens"], prepared.tokenizer(), cfg.data, rows_C.get("media"))
+    arguments = (state, batches, np.zeros(cfg.train.steps_per_call, np.float32))
     if cfg.train.compile == "jit":
-        call.lower(state, batches, np.zeros(cfg.train.steps_per_call, np.float32), 1).compile()
+        call.lower(*arguments, 1).compile()
+    if joined:
+        pair = joined_call(cfg.model, program(cfg.train), cfg.data.prefix, mesh, 2)
+        pair.lower(*((one, one) for one in arguments), 1).compile()
     held_out = pipeline.eval_set(prepared, cfg.data.context, cfg.data.eval_tokens)
     pretrain.compile_evaluation(cfg.model, state.params, held_out, prepared.tokenizer(), cfg.data, mesh)
 
@@ -143,6 +174,7 @@ def train(
     devices: Sequence[Any] | None = None,
     told: Callable[[], bool] = lambda: False,
     watch: Watch | None = None,
+    lanes: Lanes | None = None,
 ) -> Result:
     """Runs `cfg` (resolved) to its end in `folder`, from its last checkpoint where there is one, and evaluates. On `devices`, or all.
 
@@ -151,6 +183,7 @@ def train(
     past, and leaves its state there at `branch_steps` for others. A loss that is not finite ends the run as "failed".
 
     `told` is asked once a call: whether to save and raise Preempted (see preemption.noticed). `watch` is told where time goes.
+    Other threads of this process may train with the same `lanes`, on the same device.
     """
     num_steps, per_call = cfg.num_steps, cfg.train.steps_per_call
     read = functools.partial(
@@ -196,6 +229,9 @@ def train(
         whole = one_replica if cfg.train.compile == "pmap" else lambda state: state
         if cfg.train.compile == "pmap":
             state = replicate(state, list(mesh.devices.flat))
+        if lanes:
+            pair = joined_call(cfg.model, program(cfg.train), cfg.data.prefix, mesh, 2)
+            call = stack.enter_context(lanes.join(programs(cfg), call, pair))
         metrics = stack.enter_context(contextlib.closing(Metrics(folder, step, hosts.first())))
         branch_steps = [s for s in branch_steps if trunk and s not in trunk.steps()]
         stops = sorted({num_steps, *branch_steps} - {0})

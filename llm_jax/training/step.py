@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -98,6 +99,20 @@ def make_train_call(step, steps_per_call: int, **compilation: Any):
     return jax.jit(_steps(step, steps_per_call), donate_argnums=0, **compilation)
 
 
+def make_joined_call(step, steps_per_call: int, **compilation: Any):
+    """make_train_call of several states in one program: call(states, batches, learning_rates, n), tuples all but n, -> a tuple of
+    (state, metrics). Where one of them does not fill a GPU, kernels of another run beside its own."""
+
+    def call(states, batches, learning_rates, n):
+        def one(i, carries):
+            return tuple(map(functools.partial(_advance, step, i), carries, batches, learning_rates))
+
+        zeros = tuple(map(functools.partial(_no_metrics, step, steps_per_call), states, batches, learning_rates))
+        return jax.lax.fori_loop(0, n, one, tuple(zip(states, zeros, strict=True)))
+
+    return jax.jit(call, donate_argnums=0, **compilation)
+
+
 REPLICAS = "replicas"
 """The axis of make_replica_call."""
 
@@ -134,14 +149,24 @@ def _steps(step, steps_per_call: int):
 
     def call(state: TrainState, batches, learning_rates_C: jax.Array, n: jax.Array):
         def one(i, carry):
-            state, metrics = carry
-            batch = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), batches)
-            state, new = step(state, batch, learning_rates_C[i])
-            return state, jax.tree.map(lambda all_C, x: all_C.at[i].set(x), metrics, new)
+            return _advance(step, i, carry, batches, learning_rates_C)
 
-        first = jax.tree.map(lambda x: x[0], batches)
-        shapes = jax.eval_shape(step, state, first, learning_rates_C[0])[1]
-        metrics = jax.tree.map(lambda x: jnp.zeros((steps_per_call, *x.shape), x.dtype), shapes)
+        metrics = _no_metrics(step, steps_per_call, state, batches, learning_rates_C)
         return jax.lax.fori_loop(0, n, one, (state, metrics))
 
     return call
+
+
+def _advance(step, i, carry, batches, learning_rates_C):
+    """Step i of a call: (state, metrics of the call) after it."""
+    state, metrics = carry
+    batch = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), batches)
+    state, new = step(state, batch, learning_rates_C[i])
+    return state, jax.tree.map(lambda all_C, x: all_C.at[i].set(x), metrics, new)
+
+
+def _no_metrics(step, steps_per_call: int, state: TrainState, batches, learning_rates_C):
+    """Zeros in place of a call's metrics."""
+    first = jax.tree.map(lambda x: x[0], batches)
+    shapes = jax.eval_shape(step, state, first, learning_rates_C[0])[1]
+    return jax.tree.map(lambda x: jnp.zeros((steps_per_call, *x.shape), x.dtype), shapes)

@@ -14,6 +14,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -33,17 +34,20 @@ Round = Callable[[], tuple[float, dict[str, Any]]]
 """round_() -> (seconds a step of one call, the metrics of its steps, on the device). It returns when the device is done."""
 
 
-def bench_train(cfg: Config) -> dict[str, Any]:
-    """`llm-jax bench train`: the training step of a resolved config, as it would run in a trial of train.steps_per_call.
+def bench_train(cfg: Config, lanes: int = 1) -> dict[str, Any]:
+    """`llm-jax bench train`: the training step of a resolved config, as it would run in a trial of train.steps_per_call, or in so many
+    `lanes` that train trials of this shape side by side, in step with each other.
 
     What is in it: see `record`. BadInput for a model that has no step, or one that random tokens are not enough for.
     """
     check(cfg)
-    facts, round_ = start(cfg)
+    if lanes < 1:
+        raise BadInput(f"--lanes must be positive, got {lanes}")
+    facts, round_ = start(cfg, lanes)
     for _ in range(WARM_UP):
         round_()
     rounds = [timed(round_) for _ in range(ROUNDS)]
-    return record(cfg, facts, rounds)
+    return record(cfg, facts, rounds, lanes)
 
 
 def check(cfg: Config) -> None:
@@ -58,18 +62,23 @@ def check(cfg: Config) -> None:
         )
 
 
-def start(cfg: Config) -> tuple[dict[str, Any], Round]:
+def start(cfg: Config, lanes: int = 1) -> tuple[dict[str, Any], Round]:
     """What is known of a compiled training call before it is timed, and the call as a round."""
     import jax
 
-    call, state, batches, rates, compile_seconds, size = _compiled(cfg)
+    call, state, batches, rates, compile_seconds, size = _compiled(cfg, lanes)
+    steps = np.int32(cfg.train.steps_per_call)
 
     def round_() -> tuple[float, dict[str, Any]]:
         nonlocal state
         began = time.perf_counter()
-        state, metrics = call(state, batches, rates, np.int32(len(rates)))
+        ended = call(state, batches, rates, steps)
+        if lanes > 1:
+            state, metrics = tuple(one for one, _ in ended), ended[0][1]
+        else:
+            state, metrics = ended
         float(metrics["nll"][-1])  # waits for the whole call
-        return (time.perf_counter() - began) / len(rates), metrics
+        return (time.perf_counter() - began) / int(steps), metrics
 
     facts = {
         "device": device_name(),
@@ -101,16 +110,17 @@ def timed(round_: Round) -> dict[str, Any]:
     }
 
 
-def record(cfg: Config, facts: dict[str, Any], rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def record(cfg: Config, facts: dict[str, Any], rounds: Sequence[dict[str, Any]], lanes: int = 1) -> dict[str, Any]:
     """`llm-jax bench train --json`: medians over rounds of `timed`.
 
-    seconds_per_step; tokens_per_second; mfu by flops_convention, over peak_flops (FLOP/s) that are those of peak_of; memory_bytes, what the
-    compiled program needs by its own analysis; allocated_bytes, the most that the allocator held, None on a CPU; compile_seconds.
+    seconds_per_step, of all lanes; tokens_per_second, all lanes together; mfu by flops_convention, over peak_flops (FLOP/s) that are those
+    of peak_of; memory_bytes, what the compiled program needs by its own analysis; allocated_bytes, the most that the allocator held, None
+    on a CPU; compile_seconds.
     On a CPU also cpu_seconds_per_step of the round that took least, and cpu_mfu, FLOPs a second of CPU time over those of NumPy's product,
     each at its best round: what others on the machine take from either does not count. None on a GPU.
     """
     step = statistics.median(one["seconds"] for one in rounds)
-    tokens, flops = cfg.rows_per_step * cfg.data.context, model_flops(cfg)
+    tokens, flops = lanes * cfg.rows_per_step * cfg.data.context, model_flops(cfg)
     peak, whose = _peak(facts["device"], [one["numpy_seconds"] for one in rounds if "numpy_seconds" in one])
     cpu = min((one["cpu_seconds"] for one in rounds if "cpu_seconds" in one), default=None)
     numpy_cpu = min((one["numpy_cpu_seconds"] for one in rounds if "numpy_cpu_seconds" in one), default=None)
@@ -120,6 +130,7 @@ def record(cfg: Config, facts: dict[str, Any], rounds: Sequence[dict[str, Any]])
         "dtype": cfg.model.dtype,
         "n_params": facts["n_params"],
         "n_active": parts.num_params_active(cfg.model, cfg.data.context, cfg.data.prefix),
+        "lanes": lanes,
         "rows": cfg.rows_per_step,
         "context": cfg.data.context,
         "steps_per_call": cfg.train.steps_per_call,
@@ -156,27 +167,34 @@ def model_flops(cfg: Config) -> int:
     return 6 * parts.num_params_active(cfg.model, context, prefix) + attention
 
 
-def _compiled(cfg: Config):
-    """The compiled call with its arguments, seconds to compile it, and the bytes that it needs."""
+def _compiled(cfg: Config, lanes: int = 1):
+    """The compiled call with its arguments, of each lane where there are several, seconds to compile it, and the bytes that it needs."""
     import jax
 
     from llm_jax.data.pipeline import segments
-    from llm_jax.models import families
     from llm_jax.training import loop
-    from llm_jax.training.step import init_state
+    from llm_jax.training import mesh as meshes
 
-    call, init_opt = loop.compiled_call(cfg.model, loop.program(cfg.train), cfg.data.prefix)
-    params = jax.jit(lambda key: families.init(cfg.model, key))(jax.random.key(0))
-    state = init_state(params, init_opt, 0)
+    mesh = meshes.make(cfg, jax.devices()[:1])
+    program = (cfg.model, loop.program(cfg.train), cfg.data.prefix, mesh)
+    call, init_opt = loop.compiled_call(*program)
     shape = (cfg.train.steps_per_call, cfg.rows_per_step, cfg.data.context + 1)
-    tokens = np.random.default_rng(0).integers(0, cfg.model.vocab_size, shape).astype(np.int32)
-    batches = {"tokens": tokens} | ({"segments": segments(tokens, 0)} if cfg.data.document_mask else {})
-    batches = jax.device_put(batches)
     rates = np.full(cfg.train.steps_per_call, cfg.train.peak_lr, np.float32)
+
+    def arguments(seed: int) -> tuple[Any, ...]:
+        one = replace(cfg, train=replace(cfg.train, seed=seed))
+        tokens = np.random.default_rng(seed).integers(0, cfg.model.vocab_size, shape).astype(np.int32)
+        batches = {"tokens": tokens} | ({"segments": segments(tokens, 0)} if cfg.data.document_mask else {})
+        return loop.first_state(one, mesh, init_opt), jax.device_put(batches, meshes.batch_sharding(mesh)), rates
+
+    every = arguments(0)
+    if lanes > 1:
+        call = loop.joined_call(*program, lanes)
+        every = tuple(zip(*map(arguments, range(lanes)), strict=True))
     began = time.perf_counter()
-    compiled = call.lower(state, batches, rates, np.int32(len(rates))).compile()
+    compiled = call.lower(*every, np.int32(len(rates))).compile()
     seconds = time.perf_counter() - began
-    return compiled, state, batches, rates, seconds, needed_bytes(compiled)
+    return compiled, *every, seconds, needed_bytes(compiled)
 
 
 def needed_bytes(compiled: Any) -> int:
@@ -217,7 +235,8 @@ def describe(found: dict[str, Any]) -> str:
     held = f"; {allocated / 2**30:.2f} GiB held by the allocator at most" if allocated else ""
     lines = [
         f"{found['device']}, {found['framework']}, {found['dtype']}; N {found['n_params']:,}, active {found['n_active']:,}; "
-        f"{found['rows']} rows of {found['context']:,} tokens a step",
+        f"{found['rows']} rows of {found['context']:,} tokens a step"
+        + (f", {found['lanes']} trials at a time" if found["lanes"] > 1 else ""),
         "",
         f"tokens a second  {found['tokens_per_second']:,.0f}",
         f"step             {1e3 * found['seconds_per_step']:.3f} ms, median of {found['rounds']} calls of {found['steps_per_call']} steps"

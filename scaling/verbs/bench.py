@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from llm_jax.config import Config
+from llm_jax.settings import BadInput
 from scaling.options import (
     BenchCompareOptions,
     BenchFitOptions,
@@ -40,7 +41,9 @@ def bench_train(options: BenchTrainOptions) -> None:
     base, _ = chosen_experiment(options)
     point = {"depth": options.depth} if options.depth is not None else {}
     config = experiments.trial(base.config, base.ladder, point).config
-    found = peers.bench(config, checkouts) if checkouts else training.bench_train(config)
+    if checkouts and options.lanes != 1:
+        raise BadInput("--peer times one trial: leave --lanes at 1")
+    found = peers.bench(config, checkouts) if checkouts else training.bench_train(config, options.lanes)
     describe = peers.describe if checkouts else training.describe
     print(jsonlib.dumps(tables.finite(found)) if options.json else describe(found))
 

@@ -29,17 +29,21 @@ def test_model_flops_are_those_of_the_convention():
     assert sparse < 6 * parts.num_params(mixture)
 
 
-def test_figures_of_a_step_follow_from_each_other(mixed_dtypes, monkeypatch):
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_figures_of_a_step_follow_from_each_other(lanes, mixed_dtypes, monkeypatch):
+    """Of lanes, the tokens of all of them are counted."""
     monkeypatch.setattr(training, "ROUNDS", 3)
     monkeypatch.setattr(
         training, "_product_seconds", lambda: (2 * training.MATRIX**3 / 1e9, 2 * training.MATRIX**3 / 2e9)
     )
     cfg = trial(SMALL, Ladder(), {}).config
-    found = training.bench_train(cfg)
+    found = training.bench_train(cfg, lanes)
     assert found["fastest"] <= found["seconds_per_step"] <= found["slowest"]
-    assert found["tokens_per_second"] == pytest.approx(16 / found["seconds_per_step"])
+    assert found["tokens_per_second"] == pytest.approx(lanes * 16 / found["seconds_per_step"])
     assert found["mfu"] == pytest.approx(found["tokens_per_second"] * found["flops_per_token"] / 1e9)
-    assert found["cpu_mfu"] == pytest.approx(16 * found["flops_per_token"] / found["cpu_seconds_per_step"] / 2e9)
+    assert found["cpu_mfu"] == pytest.approx(
+        lanes * 16 * found["flops_per_token"] / found["cpu_seconds_per_step"] / 2e9
+    )
     assert found["memory_bytes"] > 3 * 4 * parts.num_params(cfg.model), "parameters and two moments"
     assert 0 < found["loss"] < 10
     assert "NumPy" in training.describe(found)
@@ -69,6 +73,6 @@ def test_what_has_no_step_is_refused(capsys):
 
 
 def test_json_is_one_object(capsys, monkeypatch):
-    monkeypatch.setattr(training, "bench_train", lambda cfg: {"d_model": cfg.model.d_model, "mfu": float("nan")})
+    monkeypatch.setattr(training, "bench_train", lambda cfg, lanes: {"d_model": cfg.model.d_model, "mfu": float("nan")})
     assert cli.main(["bench", "train", "--model.d_model", "32", "--model.num_heads", "2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"d_model": 32, "mfu": None}
