@@ -39,7 +39,7 @@ def noticed() -> Iterator[Callable[[], bool]]:
     if jax.process_count() > 1:
         # JAX's own service has SIGTERM; it tells all processes at one count, later than that of any when it came.
         asked = itertools.count()
-        before = signal.signal(signal.SIGUSR2, lambda *_: signal.raise_signal(signal.SIGTERM))
+        handler = signal.signal(signal.SIGUSR2, lambda *_: signal.raise_signal(signal.SIGTERM))
 
         def told() -> bool:  # JAX says so once
             if multihost_utils.reached_preemption_sync_point(next(asked)):
@@ -49,7 +49,7 @@ def noticed() -> Iterator[Callable[[], bool]]:
         try:
             yield told
         finally:
-            signal.signal(signal.SIGUSR2, before if before is not None else signal.SIG_DFL)
+            signal.signal(signal.SIGUSR2, handler if handler is not None else signal.SIG_DFL)
         return
     if threading.current_thread() is not threading.main_thread():  # Python's signals are of the main thread
         yield came.is_set
@@ -58,5 +58,5 @@ def noticed() -> Iterator[Callable[[], bool]]:
     try:
         yield came.is_set
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        for number, was in before.items():
+            signal.signal(number, was if was is not None else signal.SIG_DFL)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import socket
+import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +22,8 @@ from scaling.progress import progress
 
 POLL_SECONDS = 5.0
 GONE_SECONDS = 30.0
-"""Without the head, after which a sweep gives up its cluster. Ray itself ends a process, with no status of ours, after 60."""
+"""Without the head, or Ray's daemon here, after which a sweep gives up its cluster. Ray itself ends a process that lost the head after 60,
+with no status of ours. The daemon ends half a minute after the head was started again: that one does not know it."""
 SLICES = {"v5e": "v5litepod", "tpu7x": "v7x"}
 """Ray's names of TPU versions, where they are others than ours."""
 WORKER_ID = "ray.io/tpu-worker-id"
@@ -57,13 +59,17 @@ async def _run(folder: Path, workers: int | None, resources: Resources) -> str:
     where = str(files.absolute(folder)), os.getcwd()
     begun: list[Awaitable[None]]
     if resources.together:
-        workers = workers or groups_at_once(nodes, bundle, resources)
+        at_once = groups_at_once(nodes, bundle, resources)
+        workers = workers or max(1, at_once)
+        if not at_once:
+            asked = resources.topology or f"{resources.hosts} nodes, each with {bundle}"
+            print(f"llm-jax: the Ray cluster has no {asked}; waiting for them", file=sys.stderr)
         begun = [_group(resources, bundle, (where[0], i, workers, where[1])) for i in range(workers)]
     else:
         homes = rooms(nodes, bundle)
         workers = workers or max(1, len(homes))
         begun = [_alone(bundle, home, (where[0], i, workers, where[1])) for i, home in enumerate(_fill(homes, workers))]
-    head = ray.get_runtime_context().gcs_address
+    needed = _needed(nodes)
     failed, seen = "", time.monotonic()
     running = {asyncio.ensure_future(one) for one in begun}
     with progress("sweep", 1.0, "") as update:
@@ -74,21 +80,34 @@ async def _run(folder: Path, workers: int | None, resources: Resources) -> str:
                     one.result()
                 except (RayTaskError, WorkerCrashedError) as error:
                     failed = str(error).strip().splitlines()[-1]
-            if _answers(head):
+            silent = [address for address in needed if not _answers(address)]
+            if not silent:
                 seen = time.monotonic()
             elif time.monotonic() - seen > GONE_SECONDS:
-                raise Preempted(f"by the loss of the Ray cluster: nothing answers at {head}")
+                raise Preempted(f"by the loss of the Ray cluster: nothing answers at {silent[0]}")
             update(*_so_far(folder))
     return failed
 
 
+def _needed(nodes: Sequence[Mapping[str, Any]]) -> list[str]:
+    """HOST:PORT of the cluster's head and of Ray's daemon here. None for Ray's client (ray://), which says itself that it lost them."""
+    import ray
+
+    if ray.util.client.ray.is_connected():
+        return []
+    context = ray.get_runtime_context()
+    here = next(node for node in nodes if node["NodeID"] == context.get_node_id())
+    return [context.gcs_address, f"{here['NodeManagerAddress']}:{here['NodeManagerPort']}"]
+
+
 def _answers(address: str) -> bool:
+    """Asked without Ray, whose own calls end the process where the head is not the one they know."""
     host, _, port = address.rpartition(":")
     try:
-        with socket.create_connection((host.strip("[]"), int(port)), timeout=2.0):
-            return True
+        socket.create_connection((host.strip("[]"), int(port)), timeout=2.0).close()
     except OSError:
         return False
+    return True
 
 
 def _so_far(folder: Path) -> tuple[float, str]:
@@ -125,14 +144,14 @@ def _room(node: Mapping[str, Any], bundle: Mapping[str, float]) -> int:
 
 
 def groups_at_once(nodes: Sequence[Mapping[str, Any]], bundle: Mapping[str, float], resources: Resources) -> int:
-    """How many groups of hosts have room, each with its hosts on different nodes; at least 1."""
+    """How many groups of hosts have room, each with its hosts on different nodes."""
     if resources.topology:
         from ray.util import tpu
 
-        return max(1, tpu.get_num_tpu_slices(*_slice(resources.topology)))
+        return tpu.get_num_tpu_slices(*_slice(resources.topology))
     room = [_room(node, bundle) for node in nodes]
     needed = resources.hosts or 1
-    return max([n for n in range(1, sum(room) + 1) if sum(min(one, n) for one in room) >= n * needed], default=1)
+    return max([n for n in range(1, sum(room) + 1) if sum(min(one, n) for one in room) >= n * needed], default=0)
 
 
 def _slice(topology: str) -> tuple[str, str]:
@@ -221,7 +240,8 @@ async def _reserved(
         await group.ready()
         node_of = placement_group_table(group)["bundles_to_node_id"]
         labels = {node["NodeID"]: node.get("Labels") or {} for node in ray.nodes()}
-        order = sorted(node_of, key=lambda one: int(labels[node_of[one]].get(WORKER_ID, 0)))
+        # Else by node: where the nodes are those of before the first process is on its node again, which knows that its lease is over.
+        order = sorted(node_of, key=lambda one: (int(labels[node_of[one]].get(WORKER_ID, 0)), node_of[one]))
         yield [PlacementGroupSchedulingStrategy(group, int(one)) for one in order], bundle
 
 

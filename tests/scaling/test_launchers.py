@@ -89,7 +89,7 @@ def test_workers_begin_where_their_neighbours_do():
     assert on_ray.rooms(nodes, {"CPU": 4}) == ["a", "a", "b", "b", "head"]
     assert on_ray.groups_at_once(nodes, {"CPU": 1, "GPU": 1}, Resources(hosts=2)) == 1
     assert on_ray.groups_at_once(nodes, {"CPU": 4}, Resources(hosts=2)) == 2
-    assert on_ray.groups_at_once(nodes, {"CPU": 4}, Resources(hosts=4)) == 1, "when there are more nodes"
+    assert on_ray.groups_at_once(nodes, {"CPU": 4}, Resources(hosts=4)) == 0
 
 
 @pytest.mark.parametrize(
