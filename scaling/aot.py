@@ -73,8 +73,8 @@ def aot(cfg: Config, topology: str, quick: bool = False) -> dict[str, Any]:
     if quick:
         jax.config.update("jax_exec_time_optimization_effort", -1.0)
 
-    from llm_jax.training import ahead
     from llm_jax.training import mesh as meshes
+    from llm_jax.training import programs
 
     chip, there = tpu_slice(topology), devices(topology)
     mesh = meshes.make(cfg, there)
@@ -102,7 +102,7 @@ def aot(cfg: Config, topology: str, quick: bool = False) -> dict[str, Any]:
     }
     began = time.perf_counter()
     try:
-        compiled = ahead.lower(cfg, mesh).compile()
+        compiled = programs.lower(cfg, mesh).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -18,7 +18,7 @@ import jax
 from llm_jax import files, kernels
 from llm_jax.config import trunk_key
 from llm_jax.data.prepare import Prepared
-from llm_jax.training import hosts, initial, loop, preemption
+from llm_jax.training import hosts, initial, loop, preemption, programs
 from llm_jax.training.lanes import Lanes
 from llm_jax.training.optimizer import cooldown_start
 from llm_jax.training.preemption import Preempted
@@ -41,16 +41,18 @@ AHEAD = 4
 
 
 def compile_ahead(order: Sequence[Trial], prepared: Prepared, lanes: int) -> dict[tuple, Future]:
-    """By `loop.programs`, the compilation of what trials need, under way in the order of the trials while the first are trained.
+    """By `programs.key`, the compilation of what trials need, under way in the order of the trials while the first are trained.
 
     Only where an accelerator trains: the cores are free then. And where all of it is of this process. Else nothing.
     """
     if jax.default_backend() == "cpu" or jax.process_count() > 1:
         return {}
     pool = ThreadPoolExecutor(min(AHEAD, os.cpu_count() or 1))
-    configs = {loop.programs(t.config): t.config for t in reversed(order) if not t.config.model.counted}
-    of_each = Counter(loop.programs(t.config) for t in order if lanes > 1 and fits_beside(t))
-    return {key: pool.submit(loop.compile_ahead, configs[key], prepared, of_each[key] > 1) for key in reversed(configs)}
+    configs = {programs.key(t.config): t.config for t in reversed(order) if not t.config.model.counted}
+    of_each = Counter(programs.key(t.config) for t in order if lanes > 1 and fits_beside(t))
+    return {
+        key: pool.submit(programs.compile_ahead, configs[key], prepared, of_each[key] > 1) for key in reversed(configs)
+    }
 
 
 LANES = 2
@@ -185,7 +187,7 @@ def work(folder: Path, prepared: Prepared, start: float = 0.0, lanes: int | None
         def train(trial: Trial, number: int) -> bool:
             with _held(room, 1 if fits_beside(trial) else lanes), claim(folder, trial.id) as (ours, lease):
                 if ours:
-                    if under_way := compiled.get(loop.programs(trial.config)):
+                    if under_way := compiled.get(programs.key(trial.config)):
                         wait([under_way])  # a failure shows when the trial compiles it again
                     report = functools.partial(board.report, number, trial)
                     beside = meeting if fits_beside(trial) else None

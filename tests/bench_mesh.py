@@ -18,8 +18,8 @@ import numpy as np
 
 from llm_jax.config import Config, Data, Mesh, Model, Train
 from llm_jax.settings import override
-from llm_jax.training import loop
 from llm_jax.training import mesh as meshes
+from llm_jax.training import programs
 from llm_jax.training.step import replicate
 
 STEPS, ROUNDS = 8, 5
@@ -31,7 +31,7 @@ GPT2 = Model(
 def compiled(cfg: Config) -> tuple[Any, Any, Any]:
     """The call, its state, and a function that makes its batches."""
     mesh = meshes.make(cfg)
-    call, init_opt = loop.compiled_call(cfg.model, loop.program(cfg.train), 0, mesh)
+    call, init_opt = programs.compiled_call(cfg.model, programs.program(cfg.train), 0, mesh)
 
     def batches() -> Any:
         shape = (STEPS, cfg.rows_per_step, cfg.data.context + 1)
@@ -40,7 +40,7 @@ def compiled(cfg: Config) -> tuple[Any, Any, Any]:
             return {"tokens": tokens}
         return meshes.spread({"tokens": tokens}, meshes.batch_sharding(mesh))
 
-    state = loop.first_state(cfg, mesh, init_opt)
+    state = programs.first_state(cfg, mesh, init_opt)
     if cfg.train.compile == "pmap":
         return call, replicate(state, list(mesh.devices.flat)), batches
     return call, state, batches

@@ -15,30 +15,20 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from llm_jax import files, kernels
-from llm_jax.config import Config, Model, Train, trunk_key
+from llm_jax import files
+from llm_jax.config import Config, trunk_key
 from llm_jax.data import pipeline
 from llm_jax.data.prepare import Prepared
-from llm_jax.models import families, ngram
+from llm_jax.models import ngram
 from llm_jax.settings import BadInput
-from llm_jax.training import hosts, initial, pretrain
+from llm_jax.training import hosts, initial, pretrain, programs
 from llm_jax.training import mesh as meshes
 from llm_jax.training.checkpoint import Checkpoints
 from llm_jax.training.lanes import Lanes
 from llm_jax.training.metrics import Metrics
-from llm_jax.training.optimizer import adamw, cooldown_start, learning_rates
+from llm_jax.training.optimizer import cooldown_start, learning_rates
 from llm_jax.training.preemption import Preempted
-from llm_jax.training.step import (
-    REPLICAS,
-    TrainState,
-    init_state,
-    make_joined_call,
-    make_replica_call,
-    make_train_call,
-    make_train_step,
-    one_replica,
-    replicate,
-)
+from llm_jax.training.step import init_state, one_replica, replicate
 from llm_jax.training.watch import Watch
 
 Progress = Callable[[int, int, float], None]
@@ -67,100 +57,6 @@ class Result:
     """After the first call, which compiles; 0 where there was no other."""
     n_params: int | None = None
     """N of a model whose size the data decides; None for all others, whose config does."""
-
-
-@functools.lru_cache
-def compiled_call(model: Model, train: Train, prefix: int, mesh: Mesh | None = None):
-    """(call, init_opt) of step.make_train_call on a mesh, or on the one device of its arguments: one compilation for all trials of a
-    shape, as the settings that do not change the program are reset before they reach here."""
-    optimizer, pmapped = adamw(train), train.compile == "pmap"
-    step = _step(model, train, prefix, REPLICAS if pmapped else None)
-    options = _options(model, mesh)
-    if mesh is None:
-        return make_train_call(step, train.steps_per_call, **options), jax.jit(optimizer.init)
-    shardings = _shardings(model, train, mesh)
-    init_opt = jax.jit(optimizer.init, out_shardings=shardings[0].opt_state)
-    if pmapped:
-        return make_replica_call(step, train.steps_per_call, list(mesh.devices.flat)), init_opt
-    options |= {"in_shardings": shardings, "out_shardings": (shardings[0], shardings[-1])}
-    return make_train_call(meshes.traced(mesh, step), train.steps_per_call, **options), init_opt
-
-
-@functools.lru_cache
-def joined_call(model: Model, train: Train, prefix: int, mesh: Mesh, trials: int):
-    """step.make_joined_call of so many trials of one shape."""
-    state, batches, rates, whole = _shardings(model, train, mesh)
-    options = _options(model, mesh)
-    options |= {"in_shardings": (trials * (state,), trials * (batches,), trials * (rates,), whole)}
-    options |= {"out_shardings": trials * ((state, whole),)}
-    return make_joined_call(meshes.traced(mesh, _step(model, train, prefix)), train.steps_per_call, **options)
-
-
-def _step(model: Model, train: Train, prefix: int, replicas: str | None = None):
-    loss_fn, adjust = pretrain.loss_fn(model, train, prefix), pretrain.adjust_fn(model, train.freeze)
-    return make_train_step(loss_fn, adamw(train), train.grad_accumulation, adjust, replicas)
-
-
-def _options(model: Model, mesh: Mesh | None) -> dict[str, Any]:
-    return {"compiler_options": meshes.traced(mesh, kernels.compiler_options)(model.d_model)}
-
-
-def _shardings(model: Model, train: Train, mesh: Mesh) -> tuple[Any, ...]:
-    """Of the state, the batches, the learning rates and the number of steps of a call."""
-    state, whole = meshes.state_shardings(mesh, model, abstract_state(model, train)), meshes.replicated(mesh)
-    return state, meshes.batch_sharding(mesh), whole, whole
-
-
-@functools.lru_cache
-def abstract_state(model: Model, train: Train) -> TrainState:
-    """The shapes of a run's state."""
-    params = jax.eval_shape(functools.partial(families.init, model), jax.random.key(0))
-    return jax.eval_shape(lambda params: init_state(params, adamw(train).init, 0), params)
-
-
-@functools.lru_cache
-def _compiled_init(model: Model, mesh: Mesh | None = None):
-    # Runs once: on a CPU, half of its compilation would be spent on making it fast.
-    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    init, shardings = functools.partial(families.init, model), None
-    if mesh is not None:  # no device ever has parameters that are not its own
-        shardings = meshes.state_shardings(mesh, model, jax.eval_shape(init, jax.random.key(0)))
-    return jax.jit(init, compiler_options=options, out_shardings=shardings)
-
-
-def compile_ahead(cfg: Config, prepared: Prepared, joined: bool = False) -> None:
-    """Compiles what `train` runs for a resolved `cfg`, with `joined` also what lanes do, without running it; `train` then compiles none of
-    it again. Any thread may."""
-    mesh = meshes.make(cfg)
-    call, _ = compiled_call(cfg.model, program(cfg.train), cfg.data.prefix, mesh)
-    _compiled_init(cfg.model, mesh).lower(jax.random.key(0)).compile()
-    state = abstract_state(cfg.model, program(cfg.train))
-    state = meshes.with_shardings(state, meshes.state_shardings(mesh, cfg.model, state))
-    first = next(pipeline.train_iterator(prepared, cfg.data.context, cfg.rows_per_step, cfg.data.shuffle_seed))
-    rows_C = _stack([first], cfg.train.steps_per_call)
-    batches = pretrain.make_batch(rows_C["tokens"], prepared.tokenizer(), cfg.data, rows_C.get("media"))
-    arguments = (state, batches, np.zeros(cfg.train.steps_per_call, np.float32))
-    if cfg.train.compile == "jit":
-        call.lower(*arguments, 1).compile()
-    if joined:
-        pair = joined_call(cfg.model, program(cfg.train), cfg.data.prefix, mesh, 2)
-        pair.lower(*((one, one) for one in arguments), 1).compile()
-    held_out = pipeline.eval_set(prepared, cfg.data.context, cfg.data.eval_tokens)
-    pretrain.compile_evaluation(cfg.model, state.params, held_out, prepared.tokenizer(), cfg.data, mesh)
-
-
-def programs(cfg: Config) -> tuple[Any, ...]:
-    """What the compiled programs of a run depend on."""
-    data = cfg.data
-    shape = (cfg.rows_per_step, data.context, data.prefix, data.eval_tokens, data.document_mask)
-    return cfg.model, program(cfg.train), cfg.mesh, *shape
-
-
-def program(train: Train) -> Train:
-    """The settings of `train` that the compiled step depends on; horizon, rate, schedule and seed reach it as arguments."""
-    optimizer = ("beta1", "beta2", "epsilon", "weight_decay", "clip_norm")
-    names = (*optimizer, "z_loss", "label_smoothing", "grad_accumulation", "steps_per_call", "freeze", "compile")
-    return Train(**{name: getattr(train, name) for name in names})
 
 
 def train(
@@ -195,8 +91,9 @@ def train(
     if cfg.train.compile == "pmap" and jax.process_count() > 1:
         raise BadInput("train.compile=pmap is of one process; several train with train.compile=jit")
     evaluate = _evaluation(cfg, prepared, mesh)
-    call, init_opt = compiled_call(cfg.model, program(cfg.train), cfg.data.prefix, mesh)
-    state = first_state(cfg, mesh, init_opt)
+    shape = (cfg.model, programs.program(cfg.train), cfg.data.prefix, mesh)
+    call, init_opt = programs.compiled_call(*shape)
+    state = programs.first_state(cfg, mesh, init_opt)
     tokenizer = prepared.tokenizer()
     with contextlib.ExitStack() as stack:  # whatever ends the run, a save under way is finished first
         watch = watch or stack.enter_context(contextlib.closing(Watch(folder.name)))
@@ -219,8 +116,8 @@ def train(
             params = initial.take(
                 state.params, jax.device_get(load_params(source.config, source.folder)), said["taken"]
             )
-            params = _placed(params, cfg.model, mesh)
-            state = _placed(init_state(params, init_opt, cfg.train.seed), cfg.model, mesh)
+            params = programs.placed(params, cfg.model, mesh)
+            state = programs.placed(init_state(params, init_opt, cfg.train.seed), cfg.model, mesh)
             if hosts.first():
                 files.write_json(folder / initial.FILE, {"from": str(source.folder), **said})
 
@@ -230,8 +127,8 @@ def train(
         if cfg.train.compile == "pmap":
             state = replicate(state, list(mesh.devices.flat))
         if lanes:
-            pair = joined_call(cfg.model, program(cfg.train), cfg.data.prefix, mesh, 2)
-            call = stack.enter_context(lanes.join(programs(cfg), call, pair))
+            pair = programs.joined_call(*shape, 2)
+            call = stack.enter_context(lanes.join(programs.key(cfg), call, pair))
         metrics = stack.enter_context(contextlib.closing(Metrics(folder, step, hosts.first())))
         branch_steps = [s for s in branch_steps if trunk and s not in trunk.steps()]
         stops = sorted({num_steps, *branch_steps} - {0})
@@ -299,17 +196,6 @@ def _stack(batches: Sequence[dict[str, np.ndarray]], length: int) -> dict[str, n
     return stacked
 
 
-def first_state(cfg: Config, mesh: Mesh, init_opt: Callable[[Any], Any]) -> TrainState:
-    """The state before the first step, each device making its own part."""
-    params = _compiled_init(cfg.model, mesh)(jax.random.key(cfg.train.seed))
-    return _placed(init_state(params, init_opt, cfg.train.seed), cfg.model, mesh)
-
-
-def _placed(tree: Any, model: Model, mesh: Mesh) -> Any:
-    """Parameters or a state, where they belong on the mesh."""
-    return jax.device_put(tree, meshes.state_shardings(mesh, model, tree))
-
-
 def _evaluation(cfg: Config, prepared: Prepared, mesh: Mesh | None = None) -> Callable[..., pretrain.Evaluation]:
     """evaluate(params=...) on the fixed held-out set."""
     return functools.partial(
@@ -354,7 +240,7 @@ def load_params(cfg: Config, folder: Path) -> Any:
         return ngram.load(folder / COUNTS)
     here = SingleDeviceSharding(jax.local_devices()[0])  # whatever mesh has written them
     abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), abstract_state(cfg.model, cfg.train)
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), programs.abstract_state(cfg.model, cfg.train)
     )
     checkpoints = Checkpoints(folder / "checkpoints")
     steps = checkpoints.steps()

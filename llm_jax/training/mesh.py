@@ -6,7 +6,7 @@
     replicated(mesh)                       of scalars, learning rates and metrics
     traced(mesh, f)                        f as models are to be traced for this mesh; see llm_jax/axes.py
 
-    call, init_opt = loop.compiled_call(cfg.model, loop.program(cfg.train), cfg.data.prefix, mesh)
+    call, init_opt = programs.compiled_call(cfg.model, programs.program(cfg.train), cfg.data.prefix, mesh)
 
 is the jitted training call with these shardings, whose .lower takes shapes as well as arrays: `abstract_state` makes those of the state,
 so that a program for a topology that is not there compiles as one that runs. Which axis a dimension lies on is said in llm_jax/axes.py.

@@ -172,12 +172,12 @@ def _compiled(cfg: Config, lanes: int = 1):
     import jax
 
     from llm_jax.data.pipeline import segments
-    from llm_jax.training import loop
     from llm_jax.training import mesh as meshes
+    from llm_jax.training import programs
 
     mesh = meshes.make(cfg, jax.devices()[:1])
-    program = (cfg.model, loop.program(cfg.train), cfg.data.prefix, mesh)
-    call, init_opt = loop.compiled_call(*program)
+    shape_of = (cfg.model, programs.program(cfg.train), cfg.data.prefix, mesh)
+    call, init_opt = programs.compiled_call(*shape_of)
     shape = (cfg.train.steps_per_call, cfg.rows_per_step, cfg.data.context + 1)
     rates = np.full(cfg.train.steps_per_call, cfg.train.peak_lr, np.float32)
 
@@ -185,11 +185,11 @@ def _compiled(cfg: Config, lanes: int = 1):
         one = replace(cfg, train=replace(cfg.train, seed=seed))
         tokens = np.random.default_rng(seed).integers(0, cfg.model.vocab_size, shape).astype(np.int32)
         batches = {"tokens": tokens} | ({"segments": segments(tokens, 0)} if cfg.data.document_mask else {})
-        return loop.first_state(one, mesh, init_opt), jax.device_put(batches, meshes.batch_sharding(mesh)), rates
+        return programs.first_state(one, mesh, init_opt), jax.device_put(batches, meshes.batch_sharding(mesh)), rates
 
     every = arguments(0)
     if lanes > 1:
-        call = loop.joined_call(*program, lanes)
+        call = programs.joined_call(*shape_of, lanes)
         every = tuple(zip(*map(arguments, range(lanes)), strict=True))
     began = time.perf_counter()
     compiled = call.lower(*every, np.int32(len(rates))).compile()

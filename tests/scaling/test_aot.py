@@ -15,7 +15,7 @@ from llm_jax import ladder
 from llm_jax.config import Config, Data, Experts, Mesh, Model, Train
 from llm_jax.data import prepare
 from llm_jax.settings import BadInput
-from llm_jax.training import ahead, loop
+from llm_jax.training import loop, programs
 from llm_jax.training import mesh as meshes
 from scaling import aot, cli, footprint, hardware, hlo, mesh_search
 
@@ -44,7 +44,7 @@ def test_what_is_compiled_ahead_is_what_a_run_calls(tiny, documents, monkeypatch
     """Else memory and time would be those of another program."""
     cfg = replace(tiny, mesh=Mesh(data=1, fsdp=2), data=replace(tiny.data, document_mask=documents))
     cfg = ladder.resolve(replace(cfg, train=replace(tiny.train, tokens=64 * 8)))
-    make = loop.compiled_call
+    make = programs.compiled_call
 
     class Called(Exception):
         pass
@@ -55,11 +55,11 @@ def test_what_is_compiled_ahead_is_what_a_run_calls(tiny, documents, monkeypatch
 
         return call, make(*given)[1]
 
-    monkeypatch.setattr(loop, "compiled_call", spy)
+    monkeypatch.setattr(programs, "compiled_call", spy)
     with pytest.raises(Called) as called:
         loop.train(cfg, prepare.prepare(cfg), tmp_path)
     monkeypatch.undo()
-    assert called.value.args[0] == shapes(ahead.arguments(cfg, meshes.make(cfg)))
+    assert called.value.args[0] == shapes(programs.arguments(cfg, meshes.make(cfg)))
 
 
 @needs_devices
@@ -133,7 +133,7 @@ def test_the_reckoned_state_is_what_a_device_has(model, mesh):
     """Within the vectors, which stay whole: else a plan that fits on paper does not."""
     cfg = config(model, mesh)
     there = meshes.make(cfg)
-    state = ahead.arguments(cfg, there)[0]
+    state = programs.arguments(cfg, there)[0]
     held = sum(
         np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
         for x in jax.tree.leaves((state.params, state.opt_state))
@@ -204,7 +204,7 @@ def test_a_tpus_program_takes_what_a_cpus_takes(model, mesh, libtpu):
     """Shapes, types and shardings of all arguments: a run on a slice is fed as a run here is."""
     cfg = config(model, mesh)
     lowered = {
-        name: ahead.lower(cfg, meshes.make(cfg, devices))
+        name: programs.lower(cfg, meshes.make(cfg, devices))
         for name, devices in (("tpu", aot.devices("v5e:2x4")), ("cpu", jax.devices()))
     }
     assert shapes(lowered["tpu"].args_info) == shapes(lowered["cpu"].args_info)

@@ -15,7 +15,7 @@ from llm_jax.config import Config, Data, Mesh, Model, Train
 from llm_jax.data import prepare
 from llm_jax.generation import pairs, sampling
 from llm_jax.settings import BadInput, override, to_dict
-from llm_jax.training import loop, metrics
+from llm_jax.training import loop, metrics, programs
 from llm_jax.training import mesh as meshes
 
 pytestmark = pytest.mark.usefixtures("mixed_dtypes")
@@ -44,7 +44,7 @@ def test_what_was_compiled_ahead_is_not_compiled_again(cfg, tmp_path):
     """Else a sweep on a GPU would compile every shape twice, the second time while the GPU waits."""
     cfg = override(cfg, {"model.d_model": 24, "model.num_heads": 1, "train.tokens": 64 * 8})  # a shape of no other test
     prepared = prepare.prepare(cfg)
-    loop.compile_ahead(cfg, prepared)
+    programs.compile_ahead(cfg, prepared)
     compiled = []
 
     def hear(event, seconds, fun_name="", **_):
@@ -293,12 +293,12 @@ def test_trials_of_one_shape_share_one_compilation(cfg, tmp_path):
     prepared = prepare.prepare(cfg)
     loop.train(cfg, prepared, tmp_path / "first")
     mesh = meshes.make(cfg)
-    call, _ = loop.compiled_call(cfg.model, loop.program(cfg.train), 0, mesh)
+    call, _ = programs.compiled_call(cfg.model, programs.program(cfg.train), 0, mesh)
     before = call._cache_size()
     for i, change in enumerate(
         [{"train.peak_lr": 1e-3}, {"train.tokens": 640}, {"train.schedule": "wsd"}, {"train.seed": 3}]
     ):
         changed = override(cfg, change)
         loop.train(changed, prepared, tmp_path / str(i))
-        assert loop.compiled_call(changed.model, loop.program(changed.train), 0, mesh)[0] is call
+        assert programs.compiled_call(changed.model, programs.program(changed.train), 0, mesh)[0] is call
     assert call._cache_size() == before

@@ -16,7 +16,7 @@ from llm_jax.data import prepare
 from llm_jax.kernels import cross_entropy, norm
 from llm_jax.models import attention, families
 from llm_jax.settings import BadInput, fingerprint, override
-from llm_jax.training import loop, losses
+from llm_jax.training import loop, losses, programs
 from llm_jax.training import mesh as meshes
 from llm_jax.training.metrics import read_metrics
 from llm_jax.training.step import init_state, one_replica, replicate
@@ -43,9 +43,9 @@ def config(model: Model = DENSE, mesh: Mesh = Mesh(), **train) -> Config:  # noq
 def trained(cfg: Config):
     """Losses and gradient norms of some steps on random tokens, and the parameters after them, on the mesh of cfg."""
     mesh = meshes.make(cfg)
-    call, init_opt = loop.compiled_call(cfg.model, loop.program(cfg.train), 0, mesh)
-    params = loop._placed(start(cfg.model), cfg.model, mesh)
-    state = loop._placed(init_state(params, init_opt, 0), cfg.model, mesh)
+    call, init_opt = programs.compiled_call(cfg.model, programs.program(cfg.train), 0, mesh)
+    params = programs.placed(start(cfg.model), cfg.model, mesh)
+    state = programs.placed(init_state(params, init_opt, 0), cfg.model, mesh)
     if cfg.train.compile == "pmap":
         state = replicate(state, list(mesh.devices.flat))
     tokens = np.random.default_rng(0).integers(0, 256, (STEPS, ROWS, CONTEXT + 1)).astype(np.int32)
@@ -101,9 +101,9 @@ def test_every_device_has_its_part_of_the_state_alone():
     """Else fsdp saves nothing: bytes a device of parameters and of both moments of Adam, from the moment they are made."""
     cfg = config(MIXED, Mesh(data=1, fsdp=2, expert=2, tensor=2))
     mesh = meshes.make(cfg)
-    state = loop.abstract_state(cfg.model, loop.program(cfg.train))
-    params = loop._compiled_init(cfg.model, mesh)(jax.random.key(1))
-    _, init_opt = loop.compiled_call(cfg.model, loop.program(cfg.train), 0, mesh)
+    state = programs.abstract_state(cfg.model, programs.program(cfg.train))
+    params = programs.compiled_init(cfg.model, mesh)(jax.random.key(1))
+    _, init_opt = programs.compiled_call(cfg.model, programs.program(cfg.train), 0, mesh)
     matrices = {"embed": 4, "blocks/attention/q": 4, "blocks/mlp/up": 8, "blocks/mlp/down": 8, "blocks/mlp/router": 4}
     for tree in (params, init_opt(params)):
         total = sum(x.nbytes for x in jax.tree.leaves(tree))
@@ -121,13 +121,13 @@ def test_every_device_has_its_part_of_the_state_alone():
 def test_a_program_for_devices_that_are_not_there():
     """Shapes lower as arrays do: what an ahead-of-time compiler is given for a topology."""
     cfg = config(mesh=Mesh(fsdp=4))
-    mesh, train = meshes.make(cfg), loop.program(cfg.train)
-    state = loop.abstract_state(cfg.model, train)
+    mesh, train = meshes.make(cfg), programs.program(cfg.train)
+    state = programs.abstract_state(cfg.model, train)
     state = meshes.with_shardings(state, meshes.state_shardings(mesh, cfg.model, state))
     batches = {
         "tokens": jax.ShapeDtypeStruct((STEPS, ROWS, CONTEXT + 1), "int32", sharding=meshes.batch_sharding(mesh))
     }
-    call, _ = loop.compiled_call(cfg.model, train, 0, mesh)
+    call, _ = programs.compiled_call(cfg.model, train, 0, mesh)
     text = call.lower(
         state, batches, jax.ShapeDtypeStruct((STEPS,), "float32"), jax.ShapeDtypeStruct((), "int32")
     ).as_text()

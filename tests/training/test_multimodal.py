@@ -14,7 +14,7 @@ from llm_jax.data import prepare
 from llm_jax.data.tokenizer import Bytes
 from llm_jax.generation import media, sampling
 from llm_jax.settings import BadInput, override, to_dict
-from llm_jax.training import initial, loop, metrics, pretrain
+from llm_jax.training import initial, loop, metrics, pretrain, programs
 
 pytestmark = pytest.mark.usefixtures("mixed_dtypes", "quick_compilation")
 COLOURS = {"красный": (220, 30, 30), "зелёный": (30, 200, 40), "синий": (20, 40, 230)}
@@ -122,14 +122,14 @@ def test_frozen_parts_keep_their_bits_and_the_rest_moves(cfg, tmp_path):
     prepared = prepare.prepare(cfg)
     freeze = ("media/encoder", "blocks/mlp")
     held = override(cfg, {"train.freeze": freeze, "train.tokens": 24 * 16 * 8})
-    start = leaves(loop._compiled_init(cfg.model)(jax.random.key(cfg.train.seed)))
+    start = leaves(programs.compiled_init(cfg.model)(jax.random.key(cfg.train.seed)))
     loop.train(held, prepared, tmp_path / "held")
     end = leaves(loop.load_params(held, tmp_path / "held"))
     frozen = {name for name in start if name.startswith(("media/encoder/", "blocks/mlp/"))}
     assert frozen
     for name, leaf in start.items():
         assert np.array_equal(leaf, end[name]) == (name in frozen), name
-    _, init_opt = loop.compiled_call(held.model, loop.program(held.train), 0)
+    _, init_opt = programs.compiled_call(held.model, programs.program(held.train), 0)
     kept = sum(leaf.size for leaf in jax.tree.leaves(init_opt(loop.load_params(held, tmp_path / "held"))) if leaf.ndim)
     assert kept == 2 * sum(leaf.size for name, leaf in start.items() if name not in frozen)
 
@@ -140,7 +140,7 @@ def test_a_frozen_gradient_does_not_clip_the_others(cfg):
     rows = [row for part in prepared.rows("train") for row in part][:4]
     tokens = np.stack([row["tokens"] for row in rows]).astype(np.int32)
     batch = pretrain.make_batch(tokens, Bytes(), cfg.data, np.stack([row["media"] for row in rows]))
-    params = loop._compiled_init(cfg.model)(jax.random.key(0))
+    params = programs.compiled_init(cfg.model)(jax.random.key(0))
 
     def grads(freeze):
         loss = pretrain.loss_fn(cfg.model, replace(cfg.train, freeze=freeze))

@@ -9,7 +9,7 @@ import pytest
 
 from llm_jax.data import prepare
 from llm_jax.settings import override
-from llm_jax.training import loop
+from llm_jax.training import loop, programs
 from llm_jax.training import watch as watching
 from llm_jax.training.watch import Watch
 
@@ -133,7 +133,7 @@ def test_a_hang_names_the_host_that_is_gone(clock, tmp_path):
 def test_a_training_step_that_hangs_is_named(tiny, tmp_path, monkeypatch, capfd):
     """In a real run: the tenth call stands still for a second and a half. Nothing else of the run is named, its compilation neither."""
     cfg = override(tiny, {"train.tokens": 6400, "train.checkpoint_every": 24, "train.warmup_steps": 5})
-    call, init = loop.compiled_call(cfg.model, loop.program(cfg.train), 0)
+    call, init = programs.compiled_call(cfg.model, programs.program(cfg.train), 0)
     calls = []
 
     def stalls(*args):
@@ -143,7 +143,7 @@ def test_a_training_step_that_hangs_is_named(tiny, tmp_path, monkeypatch, capfd)
         return call(*args)
 
     monkeypatch.setattr(watching, "LEAST_SECONDS", 1.0)
-    monkeypatch.setattr(loop, "compiled_call", lambda *_: (stalls, init))
+    monkeypatch.setattr(programs, "compiled_call", lambda *_: (stalls, init))
     loop.train(cfg, prepare.prepare(cfg), tmp_path / "run")
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("llm-jax: ")]
     assert [line.split("steps")[1][:10] for line in lines] == [" 72 to 80 "] * len(lines)
