@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from llm_jax.config import Config
+from llm_jax.config import Config, Mesh
 from llm_jax.settings import BadInput, did_you_mean, from_dict, to_dict
 from scaling import ledger
 from scaling.bench import training
@@ -54,6 +54,8 @@ NEEDS: dict[str, Any] = {
     "model.logit_softcap": None,
     "model.window": None,
     "model.dropout": 0.0,
+    "mesh": Mesh(),
+    "train.compile": "jit",
     "data.prefix": 0,
     "data.document_mask": False,
     "train.z_loss": 0.0,

@@ -35,14 +35,16 @@ Round = Callable[[], tuple[float, dict[str, Any]]]
 
 
 def bench_train(cfg: Config, lanes: int = 1) -> dict[str, Any]:
-    """`llm-jax bench train`: the training step of a resolved config, as it would run in a trial of train.steps_per_call, or in so many
-    `lanes` that train trials of this shape side by side, in step with each other.
+    """`llm-jax bench train`: the training step of a resolved config, as it would run in a trial of train.steps_per_call: on one device, or
+    on the mesh that the config asks for; or in so many `lanes` that train trials of this shape side by side, in step with each other.
 
     What is in it: see `record`. BadInput for a model that has no step, or one that random tokens are not enough for.
     """
     check(cfg)
     if lanes < 1:
         raise BadInput(f"--lanes must be positive, got {lanes}")
+    if lanes > 1 and asks_for_several(cfg):
+        raise BadInput("lanes share one device: leave mesh and train.compile at their defaults, or --lanes at 1")
     facts, round_ = start(cfg, lanes)
     for _ in range(WARM_UP):
         round_()
@@ -56,17 +58,18 @@ def check(cfg: Config) -> None:
         raise BadInput(f"model.family={cfg.model.family} is counted, not trained: there is no step to time")
     if cfg.model.media.kind != "none":
         raise BadInput("the benches have random tokens and no media; give model.media.kind=none")
-    if cfg.train.compile != "jit" or cfg.mesh != Mesh():
-        raise BadInput(
-            "the benches time one device, whatever others there are: leave mesh and train.compile at their defaults"
-        )
+
+
+def asks_for_several(cfg: Config) -> bool:
+    """Whether the config says how to use several devices; else one is timed, whatever others there are."""
+    return cfg.train.compile != "jit" or cfg.mesh != Mesh()
 
 
 def start(cfg: Config, lanes: int = 1) -> tuple[dict[str, Any], Round]:
     """What is known of a compiled training call before it is timed, and the call as a round."""
     import jax
 
-    call, state, batches, rates, compile_seconds, size = _compiled(cfg, lanes)
+    devices, call, state, batches, rates, compile_seconds, size = _compiled(cfg, lanes)
     steps = np.int32(cfg.train.steps_per_call)
 
     def round_() -> tuple[float, dict[str, Any]]:
@@ -82,6 +85,7 @@ def start(cfg: Config, lanes: int = 1) -> tuple[dict[str, Any], Round]:
 
     facts = {
         "device": device_name(),
+        "devices": devices,
         "platform": jax.default_backend(),
         "framework": f"jax {jax.__version__}",
         "n_params": parts.num_params(cfg.model),
@@ -101,7 +105,8 @@ def timed(round_: Round) -> dict[str, Any]:
     cpu_seconds = (time.process_time() - began) / len(metrics["nll"])
     found = {"seconds": seconds, "loss": float(metrics["nll"][-1])}
     if jax.default_backend() != "cpu":
-        return found | {"allocated_bytes": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")}
+        held = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
+        return found | {"allocated_bytes": max((one for one in held if one), default=None)}
     numpy_seconds, numpy_cpu_seconds = _product_seconds()
     return found | {
         "cpu_seconds": cpu_seconds,
@@ -114,18 +119,22 @@ def record(cfg: Config, facts: dict[str, Any], rounds: Sequence[dict[str, Any]],
     """`llm-jax bench train --json`: medians over rounds of `timed`.
 
     seconds_per_step, of all lanes; tokens_per_second, all lanes together; mfu by flops_convention, over peak_flops (FLOP/s) that are those
-    of peak_of; memory_bytes, what the compiled program needs by its own analysis; allocated_bytes, the most that the allocator held, None
-    on a CPU; compile_seconds.
+    of peak_of, of all devices; memory_bytes, what the compiled program needs of a device by its own analysis, None with pmap;
+    allocated_bytes, the most that the allocator held, None on a CPU; compile_seconds.
     On a CPU also cpu_seconds_per_step of the round that took least, and cpu_mfu, FLOPs a second of CPU time over those of NumPy's product,
     each at its best round: what others on the machine take from either does not count. None on a GPU.
     """
     step = statistics.median(one["seconds"] for one in rounds)
     tokens, flops = lanes * cfg.rows_per_step * cfg.data.context, model_flops(cfg)
     peak, whose = _peak(facts["device"], [one["numpy_seconds"] for one in rounds if "numpy_seconds" in one])
+    devices = facts.get("devices", 1)
+    if facts["platform"] != "cpu":  # whose simulated devices share its cores
+        peak *= devices
     cpu = min((one["cpu_seconds"] for one in rounds if "cpu_seconds" in one), default=None)
     numpy_cpu = min((one["numpy_cpu_seconds"] for one in rounds if "numpy_cpu_seconds" in one), default=None)
     return {
         "device": facts["device"],
+        "devices": devices,
         "framework": facts["framework"],
         "dtype": cfg.model.dtype,
         "n_params": facts["n_params"],
@@ -168,16 +177,19 @@ def model_flops(cfg: Config) -> int:
 
 
 def _compiled(cfg: Config, lanes: int = 1):
-    """The compiled call with its arguments, of each lane where there are several, seconds to compile it, and the bytes that it needs."""
+    """The number of devices, the compiled call with its arguments, of each lane where there are several, seconds to compile it, and the
+    bytes that it needs."""
     import jax
 
     from llm_jax.data.pipeline import segments
     from llm_jax.training import mesh as meshes
     from llm_jax.training import programs
+    from llm_jax.training.step import replicate
 
-    mesh = meshes.make(cfg, jax.devices()[:1])
-    shape_of = (cfg.model, programs.program(cfg.train), cfg.data.prefix, mesh)
-    call, init_opt = programs.compiled_call(*shape_of)
+    mesh = meshes.make(cfg, None if asks_for_several(cfg) else jax.devices()[:1])
+    key = (cfg.model, programs.program(cfg.train), cfg.data.prefix, mesh)
+    call, init_opt = programs.compiled_call(*key)
+    pmapped = cfg.train.compile == "pmap"
     shape = (cfg.train.steps_per_call, cfg.rows_per_step, cfg.data.context + 1)
     rates = np.full(cfg.train.steps_per_call, cfg.train.peak_lr, np.float32)
 
@@ -185,16 +197,22 @@ def _compiled(cfg: Config, lanes: int = 1):
         one = replace(cfg, train=replace(cfg.train, seed=seed))
         tokens = np.random.default_rng(seed).integers(0, cfg.model.vocab_size, shape).astype(np.int32)
         batches = {"tokens": tokens} | ({"segments": segments(tokens, 0)} if cfg.data.document_mask else {})
-        return programs.first_state(one, mesh, init_opt), jax.device_put(batches, meshes.batch_sharding(mesh)), rates
+        state = programs.first_state(one, mesh, init_opt)
+        if pmapped:
+            return replicate(state, list(mesh.devices.flat)), batches, rates
+        return state, meshes.spread(batches, meshes.batch_sharding(mesh)), rates
 
-    every = arguments(0)
+    every, steps = arguments(0), np.int32(len(rates))
     if lanes > 1:
-        call = programs.joined_call(*shape_of, lanes)
+        call = programs.joined_call(*key, lanes)
         every = tuple(zip(*map(arguments, range(lanes)), strict=True))
     began = time.perf_counter()
-    compiled = call.lower(*every, np.int32(len(rates))).compile()
-    seconds = time.perf_counter() - began
-    return compiled, *every, seconds, needed_bytes(compiled)
+    if pmapped:
+        state, metrics = call(*every, np.int32(0))  # no steps: pmap compiles what it is called with
+        metrics["nll"].block_until_ready()
+        return mesh.size, call, state, *every[1:], time.perf_counter() - began, None
+    compiled = call.lower(*every, steps).compile()
+    return mesh.size, compiled, *every, time.perf_counter() - began, needed_bytes(compiled)
 
 
 def needed_bytes(compiled: Any) -> int:
@@ -232,9 +250,11 @@ def _product_seconds() -> tuple[float, float]:
 def describe(found: dict[str, Any]) -> str:
     """The table for people."""
     allocated = found["allocated_bytes"]
-    held = f"; {allocated / 2**30:.2f} GiB held by the allocator at most" if allocated else ""
+    said = [f"{found['memory_bytes'] / 2**30:.2f} GiB, by the compiled program"] if found["memory_bytes"] else []
+    said += [f"{allocated / 2**30:.2f} GiB held by the allocator at most"] if allocated else []
+    several = f"{found['devices']} x " if found["devices"] > 1 else ""
     lines = [
-        f"{found['device']}, {found['framework']}, {found['dtype']}; N {found['n_params']:,}, active {found['n_active']:,}; "
+        f"{several}{found['device']}, {found['framework']}, {found['dtype']}; N {found['n_params']:,}, active {found['n_active']:,}; "
         f"{found['rows']} rows of {found['context']:,} tokens a step"
         + (f", {found['lanes']} trials at a time" if found["lanes"] > 1 else ""),
         "",
@@ -243,7 +263,7 @@ def describe(found: dict[str, Any]) -> str:
         f" ({1e3 * found['fastest']:.3f} to {1e3 * found['slowest']:.3f})",
         f"utilisation      {100 * found['mfu']:.1f} % of {found['peak_flops'] / 1e12:,.3g} TFLOP/s ({found['peak_of']});"
         f" {found['flops_per_token']:,} FLOPs a token: {found['flops_convention']}",
-        f"memory           {found['memory_bytes'] / 2**30:.2f} GiB, by the compiled program{held}",
+        f"memory           {'; '.join(said)}{', of each device' if several else ''}",
         f"compilation      {found['compile_seconds']:.1f} s",
     ]
     return "\n".join(lines)

@@ -8,7 +8,7 @@ import pytest
 
 from llm_jax import parts
 from llm_jax.config import Config, Data, Experts, Mesh, Model, Train
-from llm_jax.settings import BadInput
+from llm_jax.settings import BadInput, override
 from scaling import cli
 from scaling.bench import training
 from scaling.experiment import Ladder, trial
@@ -49,6 +49,17 @@ def test_figures_of_a_step_follow_from_each_other(lanes, mixed_dtypes, monkeypat
     assert "NumPy" in training.describe(found)
 
 
+@pytest.mark.parametrize("several", [{"mesh.data": 2}, {"mesh.data": 1, "mesh.fsdp": 2}, {"train.compile": "pmap"}])
+def test_a_mesh_trains_the_same_rows(several, mixed_dtypes, monkeypatch):
+    """What is timed on several devices is the step of one, spread; without a mesh one device is timed, whatever others there are."""
+    monkeypatch.setattr(training, "ROUNDS", 1)
+    cfg = trial(SMALL, Ladder(), {}).config
+    alone, spread = (training.bench_train(one) for one in (cfg, override(cfg, several)))
+    assert (alone["devices"], spread["devices"]) == (1, 2)
+    assert spread["loss"] == pytest.approx(alone["loss"], rel=2e-5)
+    assert f"2 x {spread['device']}" in training.describe(spread)
+
+
 @pytest.mark.parametrize(
     ("kind", "peak"), [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H200", 989e12)]
 )
@@ -65,9 +76,8 @@ def test_an_unknown_device_has_no_utilisation():
 def test_what_has_no_step_is_refused(capsys):
     with pytest.raises(BadInput, match="ngram is counted"):
         training.bench_train(replace(SMALL, model=Model(family="ngram")))
-    for several in (replace(SMALL, train=replace(SMALL.train, compile="pmap")), replace(SMALL, mesh=Mesh(data=2))):
-        with pytest.raises(BadInput, match="the benches time one device"):
-            training.bench_train(several)
+    with pytest.raises(BadInput, match="lanes share one device"):
+        training.bench_train(replace(SMALL, mesh=Mesh(data=2)), lanes=2)
     assert cli.main(["bench", "trian"]) == 2
     assert 'did you mean "bench train"' in capsys.readouterr().err
 
