@@ -61,7 +61,8 @@ class Lanes:
             try:
                 *pairs, n = zip(offer.arguments, arguments, strict=True)
                 offer.result, result = joined(*pairs, n[0])
-                self.joined += 2
+                with self._lock:
+                    self.joined += 2
                 return result
             finally:
                 offer.settled.set()

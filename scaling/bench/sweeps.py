@@ -63,12 +63,17 @@ def _timed(path: Path, folder: Path, axes: Sequence[str]) -> tuple[float, dict[s
     """Seconds of `llm-jax sweep` into `folder`, nothing compiled before, and the rows of its ledger by trial."""
     command = [sys.executable, "-m", "scaling.cli", "sweep", str(path), "--run", str(folder), *axes]
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(folder.with_suffix(".compiled"))}
-    began = time.perf_counter()
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    began, said = time.perf_counter(), "no trial ended well"
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:  # its progress is ours
+            print(f"{folder.name}: {line.rstrip()}", file=sys.stderr, flush=True)
+            said = line.strip() or said
     seconds = time.perf_counter() - began
-    rows = {row["id"]: row for row in ledger.rows(folder)} if done.returncode == 0 else {}
+    rows = {row["id"]: row for row in ledger.rows(folder)} if process.returncode == 0 else {}
     if not rows or any(row["status"] != "done" for row in rows.values()):
-        said = (done.stderr.strip() or "no trial ended well").splitlines()[-1]
         raise BadInput(f"{' '.join(command[3:])}: {said}")
     return seconds, rows
 
@@ -85,7 +90,7 @@ def describe(found: dict[str, Any]) -> str:
             f"one sweep               {found['sweep_seconds']:9,.1f}  {found['sweep_per_hour']:14,.0f}",
             f"a process each, a trial {found['alone_seconds']:9,.1f}  {found['alone_per_hour']:14,.0f}   mean of {found['alone']}",
             "",
-            f"x {found['ratio']:.2f}; of the sweep {found['training_seconds']:,.1f} s were in training loops;"
+            f"x {found['ratio']:.2f}; the sweep's training loops took {found['training_seconds']:,.1f} s, added up over trials;"
             f" losses differ by {100 * found['loss_difference']:.2g} % at most",
         ]
     )
