@@ -58,11 +58,11 @@ _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8"
 _GIB = 2**30
 SLICES = {
     # Google's Cloud TPU documentation, a page a version, "key chip specifications". Bandwidth between chips is half of what newer pages
-    # call bidirectional: 1,600, 4,800, 3,200, 2,400 and 4,800 Gbit/s each way.
-    "v4": Slice("tpu-v4", int(30.75 * _GIB), 1228e9, 300e9, _CUBES, options=(("chip_config_name", "megacore"),)),
+    # call bidirectional: 1,600, 4,800, 3,200, 2,400 and 4,800 Gbit/s each way; v4's is six links of 50 GB/s (Jouppi et al. 2023).
+    "v4": Slice("tpu-v4", int(30.75 * _GIB), 1200e9, 300e9, _CUBES, options=(("chip_config_name", "megacore"),)),
     "v5e": Slice("tpu-v5e", int(15.75 * _GIB), 819e9, 200e9, _FLAT),
     "v5p": Slice("tpu-v5p", int(95.74 * _GIB), 2765e9, 600e9, _CUBES),
-    "v6e": Slice("tpu-v6e", int(31.25 * _GIB), 1600e9, 400e9, _FLAT),
+    "v6e": Slice("tpu-v6e", int(31.25 * _GIB), 1638e9, 400e9, _FLAT),
     # Two devices a chip, which share 192 GiB, 7,380 GB/s and 600 GB/s each way.
     "tpu7x": Slice("tpu-v7", int(94.75 * _GIB), 3690e9, 300e9, _CUBES, devices_per_chip=2),
 }
