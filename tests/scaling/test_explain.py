@@ -85,6 +85,7 @@ def test_what_is_counted_has_no_table(capsys):
     assert "number of counts" in err
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("mixed_dtypes")
 def test_families_side_by_side_in_one_sweep(experiment, capsys, tmp_path):
     """An architecture is an axis like any other; the size of an n-gram model is known once it is counted."""

@@ -9,7 +9,7 @@ from llm_jax.settings import override
 from scaling import content, experiment, goodput, launch, ledger
 from scaling.experiment import Experiment, axis
 
-pytestmark = pytest.mark.usefixtures("mixed_dtypes")
+pytestmark = pytest.mark.usefixtures("mixed_dtypes", "quick_compilation")
 
 
 def attempt(started, end, from_step=None, reached=0, **seconds):

@@ -19,7 +19,7 @@ from llm_jax.settings import BadInput, override, to_dict
 from scaling import experiment, launch, ledger
 from scaling.experiment import Experiment, axis, product
 
-pytestmark = pytest.mark.usefixtures("mixed_dtypes")
+pytestmark = pytest.mark.usefixtures("mixed_dtypes", "quick_compilation")
 
 
 @pytest.fixture
@@ -110,6 +110,7 @@ def claim_all(folder, ids, queue):
                 (Path(folder) / "trials" / one / "result.json").write_text('{"status": "done"}')
 
 
+@pytest.mark.slow  # test_leases.py has the races
 def test_many_workers_share_the_trials(small, tmp_path):
     """Eight processes at once: every trial is claimed exactly once."""
     folder = tmp_path / "run"

@@ -164,6 +164,7 @@ def test_no_run_is_chosen_that_cannot_be_paid():
     assert design.choose_runs(np.eye(2), np.array([3.0, 4.0]), np.eye(2), np.ones(2), budget=2.0, runs=3) == []
 
 
+@pytest.mark.slow
 def test_chosen_runs_sharpen_the_prediction_as_promised():
     """On 100 simulated tables the spread of the fitted loss at the target shrinks to the promised share, give or take the
     linearisation, and further than by random runs of the same candidates at the same cost."""

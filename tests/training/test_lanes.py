@@ -89,7 +89,7 @@ def test_one_that_leaves_lets_the_other_go(monkeypatch):
     assert found[0][0] == "alone"
 
 
-def test_a_joined_call_is_the_calls_it_joins(mixed_dtypes):
+def test_a_joined_call_is_the_calls_it_joins(mixed_dtypes, quick_compilation):
     """States, batches, rates and dropout of two trials do not mix; also where both stop early."""
     cfg = Train()
     step = make_train_step(pretrain.loss_fn(MODEL, cfg), adamw(cfg))

@@ -18,7 +18,7 @@ from llm_jax.settings import BadInput, override, to_dict
 from llm_jax.training import loop, metrics, programs
 from llm_jax.training import mesh as meshes
 
-pytestmark = pytest.mark.usefixtures("mixed_dtypes")
+pytestmark = pytest.mark.usefixtures("mixed_dtypes", "quick_compilation")
 
 
 @pytest.fixture
@@ -104,6 +104,7 @@ print(loop.train(cfg, prepare.prepare(cfg), Path(sys.argv[2]), progress=slowly).
 """
 
 
+@pytest.mark.slow  # test_ledger.py has a quick one, of a sweep
 def test_kill_9_in_the_middle_of_a_run(cfg, tmp_path):
     """The kill falls wherever it falls: between steps, or into a checkpoint that is being written."""
     prepared = prepare.prepare(cfg)
@@ -242,10 +243,8 @@ def test_every_family_learns(cfg, tmp_path, family, document_mask):
     assert len(text) > 0
 
 
-@pytest.mark.parametrize(
-    "family",
-    ["encoder_decoder", *(pytest.param(name, marks=pytest.mark.slow) for name in ("seq2seq_rnn", "transformer"))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["encoder_decoder", "seq2seq_rnn", "transformer"])
 def test_families_with_an_encoder_learn_text(cfg, tmp_path, family):
     """On the same rows and targets as others: the encoder reads the first tokens, and generation takes prompts of any length."""
     cfg = override(cfg, {"model.family": family, "data.prefix": 8, "train.tokens": 64 * 200})

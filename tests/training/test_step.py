@@ -16,7 +16,7 @@ from llm_jax.training.optimizer import adamw
 from llm_jax.training.step import init_state, make_train_call, make_train_step
 
 MODEL = Model(num_layers=2, d_model=16, num_heads=2, vocab_size=32)
-pytestmark = pytest.mark.usefixtures("mixed_dtypes")
+pytestmark = pytest.mark.usefixtures("mixed_dtypes", "quick_compilation")
 
 
 def batches(steps, rows, seed=0):

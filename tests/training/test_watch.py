@@ -13,7 +13,7 @@ from llm_jax.training import loop, programs
 from llm_jax.training import watch as watching
 from llm_jax.training.watch import Watch
 
-pytestmark = pytest.mark.usefixtures("mixed_dtypes")
+pytestmark = pytest.mark.usefixtures("mixed_dtypes", "quick_compilation")
 
 
 class Clock:

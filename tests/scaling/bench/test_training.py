@@ -13,6 +13,7 @@ from scaling import cli
 from scaling.bench import training
 from scaling.experiment import Ladder, trial
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 SMALL = Config(
     Model(num_layers=1, d_model=16, num_heads=2), Data(context=8), Train(tokens_per_step=16, steps_per_call=2)
 )
@@ -49,7 +50,7 @@ def test_figures_of_a_step_follow_from_each_other(lanes, mixed_dtypes, monkeypat
     assert "NumPy" in training.describe(found)
 
 
-@pytest.mark.parametrize("several", [{"mesh.data": 2}, {"mesh.data": 1, "mesh.fsdp": 2}, {"train.compile": "pmap"}])
+@pytest.mark.parametrize("several", [{"mesh.data": 1, "mesh.fsdp": 2}, {"train.compile": "pmap"}])
 def test_a_mesh_trains_the_same_rows(several, mixed_dtypes, monkeypatch):
     """What is timed on several devices is the step of one, spread; without a mesh one device is timed, whatever others there are."""
     monkeypatch.setattr(training, "ROUNDS", 1)
