@@ -9,6 +9,7 @@ from llm_jax.config import Model
 from llm_jax.generation import sampling
 from llm_jax.models import families
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 MODEL = Model(num_layers=2, d_model=16, num_heads=2, vocab_size=32)
 
 

@@ -47,7 +47,7 @@ def run(capsys, *words):
     return status, out, err
 
 
-@pytest.mark.usefixtures("mixed_dtypes")
+@pytest.mark.usefixtures("mixed_dtypes", "quick_compilation")
 def test_the_main_job(experiment, capsys, tmp_path):
     """Sweep, fit, forecast, verify, report: each verb on what the one before left, with --json one object and nothing else."""
     status, out, _ = run(capsys, "sweep", experiment, "--json")
@@ -271,7 +271,8 @@ def test_data_says_what_it_holds(experiment, capsys):
     assert "tokenizer  bytes" in out
 
 
-@pytest.mark.usefixtures("mixed_dtypes")
+@pytest.mark.slow
+@pytest.mark.usefixtures("mixed_dtypes", "quick_compilation")
 def test_two_workers_share_a_sweep(experiment, capsys, tmp_path):
     status, out, _ = run(
         capsys, "sweep", experiment, "--workers", 2, "--axis", "depth", 1, 2, "--axis", "compute", 3e8, 6e8, "--json"

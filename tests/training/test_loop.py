@@ -181,6 +181,7 @@ MIXTURE = {
 }
 
 
+@pytest.mark.slow
 def test_a_mixture_of_experts_learns_and_continues_to_the_same_bits(cfg, tmp_path):
     """The routers' bias has no gradient and no optimizer: it too must come back from the checkpoint. What routers do is in the metrics."""
     cfg = override(cfg, MIXTURE)
@@ -210,6 +211,7 @@ def test_a_capacity_is_of_training_alone(cfg, tmp_path):
     assert loop._evaluation(free, prepared)(params=params).loss == end["eval_loss"]
 
 
+@pytest.mark.slow
 def test_microbatches_route_alike_and_their_loads_add_up(cfg, tmp_path):
     """The bias follows the load of the whole batch, however it is cut."""
     cfg = override(cfg, MIXTURE | {"train.tokens": 64 * 8, "train.tokens_per_step": 128, "train.peak_lr": 1e-3})

@@ -117,6 +117,7 @@ def test_a_tone_is_told_by_its_pitch(tmp_path):
     assert media.score(media.caption(cfg, prepared.tokenizer(), params, prompts, items), wanted)["exact_match"] == 1
 
 
+@pytest.mark.slow
 def test_frozen_parts_keep_their_bits_and_the_rest_moves(cfg, tmp_path):
     """No update, no decay and no memory of the optimizer; a prefix is whole steps of a path."""
     prepared = prepare.prepare(cfg)
