@@ -14,7 +14,7 @@ from llm_jax.data.prepare import Prepared
 
 
 class Windows:
-    """Rows of `context` + 1 tokens cut from the longer stored rows: random access. {"tokens"}, and "media" of rows that have them."""
+    """Rows of `context` + 1 tokens cut from the longer stored rows. A batch: {"tokens"}, and "media" of rows that have them."""
 
     def __init__(self, sources: Sequence[Any], row_tokens: int, context: int):
         self._sources, self._context = sources, context
@@ -24,33 +24,33 @@ class Windows:
     def __len__(self) -> int:
         return int(self._ends[-1]) * self._per_row
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        return {name: x[0] for name, x in self.batch([index]).items()}
-
     def batch(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
         """Several rows at once, stacked: int32 tokens_BxT. Where the stored rows are in memory, as one step of NumPy for each part."""
-        index_B = np.asarray(indices, np.int64)
-        row_B, offset_B = np.divmod(index_B, self._per_row)
-        part_B = np.searchsorted(self._ends, row_B, "right")
+        part_B, row_B, start_B = self._located(np.asarray(indices, np.int64))
         column_T = np.arange(self._context + 1)
         found: dict[str, np.ndarray] = {}
         for part in np.unique(part_B):
             mine_B = part_B == part
-            columns, at_B = rows.stacked(self._sources[part], row_B[mine_B] - (self._ends[part - 1] if part else 0))
-            place_BxT = offset_B[mine_B, None] * self._context + column_T
+            columns, at_B = rows.stacked(self._sources[part], row_B[mine_B])
+            place_BxT = start_B[mine_B, None] + column_T
             new = {"tokens": columns["tokens"][at_B[:, None], place_BxT].astype(np.int32)}
             if "media" in columns:
                 new["media"] = columns["media"][at_B]
             for name, x in new.items():
-                found.setdefault(name, np.empty((len(index_B), *x.shape[1:]), x.dtype))[mine_B] = x
+                found.setdefault(name, np.empty((len(part_B), *x.shape[1:]), x.dtype))[mine_B] = x
         return found
 
     def document(self, index: int, bos: int) -> int:
         """The number of the document that a row begins in; see rows.pair."""
-        row, offset = divmod(index, self._per_row)
-        part = int(np.searchsorted(self._ends, row, "right"))
-        stored = self._sources[part][row - (self._ends[part - 1] if part else 0)]
-        return int(stored["document"]) + int((stored["tokens"][: offset * self._context + 1] == bos).sum())
+        part, row, start = (int(x[0]) for x in self._located(np.asarray([index])))
+        stored = self._sources[part][row]
+        return int(stored["document"]) + int((stored["tokens"][: start + 1] == bos).sum())
+
+    def _located(self, index_B: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(part, stored row of it, first token of that) of rows."""
+        row_B, offset_B = np.divmod(index_B, self._per_row)
+        part_B = np.searchsorted(self._ends, row_B, "right")
+        return part_B, row_B - np.concatenate([[0], self._ends])[part_B], offset_B * self._context
 
 
 def num_windows(prepared: Prepared, context: int) -> int:

@@ -55,5 +55,5 @@ class Checkpoints:
         """Returns when the last save is on disk."""
         global _latest
         with _ORBAX:
+            _latest = None if _latest is self else _latest  # first: an error here is not the next one's
             self._manager.close()
-            _latest = None if _latest is self else _latest

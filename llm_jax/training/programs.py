@@ -81,6 +81,7 @@ def abstract_state(model: Model, train: Train) -> TrainState:
 
 @functools.lru_cache
 def compiled_init(model: Model, mesh: Mesh | None = None):
+    """The jitted init(key) -> parameters of a model, each device of a mesh making its own part."""
     # Runs once: on a CPU, half of its compilation would be spent on making it fast.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
     init, shardings = functools.partial(families.init, model), None

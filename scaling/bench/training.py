@@ -127,7 +127,7 @@ def record(cfg: Config, facts: dict[str, Any], rounds: Sequence[dict[str, Any]],
     step = statistics.median(one["seconds"] for one in rounds)
     tokens, flops = lanes * cfg.rows_per_step * cfg.data.context, model_flops(cfg)
     peak, whose = _peak(facts["device"], [one["numpy_seconds"] for one in rounds if "numpy_seconds" in one])
-    devices = facts.get("devices", 1)
+    devices = facts["devices"]
     if facts["platform"] != "cpu":  # whose simulated devices share its cores
         peak *= devices
     cpu = min((one["cpu_seconds"] for one in rounds if "cpu_seconds" in one), default=None)

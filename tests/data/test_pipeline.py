@@ -37,8 +37,8 @@ def test_an_epoch_shows_every_row_once(prepared):
 
 def test_windows_are_consecutive_cuts_of_the_stream(prepared):
     windows = pipeline.Windows(prepared.rows("train"), prepared.row_tokens, CONTEXT)
-    for i in range(len(windows) - 1):
-        assert windows[i]["tokens"][-1] == windows[i + 1]["tokens"][0]
+    tokens_BxT = windows.batch(range(len(windows)))["tokens"]
+    np.testing.assert_array_equal(tokens_BxT[:-1, -1], tokens_BxT[1:, 0])
 
 
 def test_a_restart_reads_the_very_next_batch(prepared):
@@ -75,7 +75,7 @@ def test_no_row_is_lost_or_repeated_where_the_number_of_hosts_changes(prepared, 
     first = pipeline.train_iterator(prepared, CONTEXT, per_step, 3)
     assert Counter(map(bytes, seen)) == Counter(map(bytes, np.concatenate(take(first, steps))))
     windows = pipeline.Windows(prepared.rows("train"), prepared.row_tokens, CONTEXT)
-    left = Counter(bytes(windows[i]["tokens"]) for i in range(rows)) - Counter(map(bytes, seen))
+    left = Counter(map(bytes, windows.batch(range(rows))["tokens"])) - Counter(map(bytes, seen))
     assert left.total() == rows - steps * per_step
 
 

@@ -143,7 +143,7 @@ def test_contenders_take_turns(platform, starts, turns, monkeypatch):
     @contextlib.contextmanager
     def process(name, cfg, checkout):
         events.append(("start", name))
-        facts = {"device": "some", "platform": platform, "framework": "x", "n_params": 1}
+        facts = {"device": "some", "platform": platform, "devices": 1, "framework": "x", "n_params": 1}
         unsaid = [facts | {"memory_bytes": 1, "compile_seconds": 1.0}]
 
         def ask():
