@@ -67,8 +67,13 @@ def lanes_here() -> int:
 
 def fits_beside(trial: Trial) -> bool:
     """Whether a trial leaves half of a GPU to another: its speed, and its memory."""
-    model, train = trial.config.model, trial.config.train
-    return not model.counted and model.d_model <= kernels.SMALL_WIDTH and train.compile == "jit"
+    model, data = trial.config.model, trial.config.data
+    if model.counted or trial.config.train.compile != "jit":
+        return False
+    parts = [(model, data.context)]
+    if model.media.kind != "none":
+        parts.append((model.media_encoder, model.media.tokens))
+    return all(kernels.small(max(m.d_model, m.num_heads * m.head_width), length) for m, length in parts)
 
 
 @contextlib.contextmanager

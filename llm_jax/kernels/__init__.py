@@ -29,7 +29,14 @@ def pay_for(x: jax.Array) -> bool:
     return used() and x.size * x.dtype.itemsize > CACHE_BYTES * axes.size(*axes.ROWS, "sequence")
 
 
-SMALL_WIDTH = 512
+SMALL_WIDTH, SMALL_LENGTH = 512, 1024
+
+
+def small(width: int, length: int) -> bool:
+    """Whether a model of this width on rows of this length leaves so much of a GPU idle that another is trained beside it, by another
+    thread of the process. Attention of such a width is not cuDNN's, even alone: when XLA (of jax 0.11) runs a program with that for the first
+    time, whatever other threads start meanwhile is lost or fails."""
+    return width <= SMALL_WIDTH and length <= SMALL_LENGTH
 
 
 def compiler_options(width: int) -> dict[str, str] | None:

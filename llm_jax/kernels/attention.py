@@ -1,7 +1,7 @@
 """Attention within documents: a query sees the keys of its own document, and of a window, without an array of T x T in memory.
 
 FlashAttention (Dao et al. 2022; the backward pass in two kernels as in Dao 2023, section 3.1.2), which leaves out blocks of keys that no
-query of a block can see. For rows of many documents, as cuDNN's kernel takes no mask but causality and a window.
+query of a block can see. For rows of many documents, as cuDNN's kernel takes no mask but causality and a window; and for small models.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Attention: cuDNN's, or a TPU's kernel, where they serve, else plain matrix products, which they are held to."""
+"""Attention: a GPU's or a TPU's kernels, where they serve, else plain matrix products, which they are held to."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def attend(
     Causal unless told otherwise; `attention_mask` says who sees whom.
 
     cuDNN's kernel has no mask but causality and a window: given a mask as an array it is three times slower. So documents are told
-    apart by a kernel of ours. Where neither serves, a window that divides a longer row is computed in blocks. On a mesh each device
+    apart by a kernel of ours, which is also the faster one for small models. Where neither serves, a window that divides a longer row is computed in blocks. On a mesh each device
     attends for its own rows, heads and queries.
     """
     if axes.mesh().empty:
@@ -80,17 +80,20 @@ def attend(
 
 def _attend(q_BxTxNxH, k_BxSxKxH, v_BxSxKxH, segment_BxT, visible_BxS, offset, *, window, causal):
     q, offset_or_visible = q_BxTxNxH, offset is not None or visible_BxS is not None
-    queries, width = q.shape[1], q.shape[3]
-    if not offset_or_visible and splash.serves(queries, k_BxSxKxH.shape[1], width):
+    queries, heads, width = q.shape[1:]
+    num_keys = k_BxSxKxH.shape[1]
+    if not offset_or_visible and splash.serves(queries, num_keys, width):
         return splash.attend(q, k_BxSxKxH, v_BxSxKxH, segment_BxT, window, causal)
     fits = kernels.used() and not offset_or_visible and q.dtype == jnp.bfloat16 and width % 8 == 0 and width <= 128
-    if fits and segment_BxT is None:
+    small = kernels.small(heads * width, num_keys)
+    if fits and queries == num_keys and (small or segment_BxT is not None):
+        one = jnp.zeros(q.shape[:2], jnp.int32)
+        return documents.attend(q, k_BxSxKxH, v_BxSxKxH, one if segment_BxT is None else segment_BxT, causal, window)
+    if fits and not small and segment_BxT is None:
         sees = (window - 1, 0) if window else None
         return jax.nn.dot_product_attention(
             q, k_BxSxKxH, v_BxSxKxH, is_causal=causal, local_window_size=sees, implementation="cudnn"
         )
-    if fits and segment_BxT is not None and queries == k_BxSxKxH.shape[1]:
-        return documents.attend(q, k_BxSxKxH, v_BxSxKxH, segment_BxT, causal, window)
     if window and causal and not offset_or_visible and in_blocks(window, queries):
         return attend_window(q, k_BxSxKxH, v_BxSxKxH, window=window, segment_BxT=segment_BxT)
     return attend_plain(

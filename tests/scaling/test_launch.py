@@ -1,13 +1,18 @@
 """A worker with lanes: trials side by side on one device."""
 
-import dataclasses
+import functools
 import threading
 import time
+from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import pytest
 
+from llm_jax.components import Media
+from llm_jax.config import Config, Data, Model
 from llm_jax.data import prepare
+from llm_jax.models import families
 from llm_jax.training.lanes import Lanes
 from llm_jax.training.preemption import Preempted
 from scaling import experiment, launch, ledger
@@ -30,7 +35,7 @@ def run(tiny, tmp_path):
     trials = Experiment(
         model=tiny.model,
         data=tiny.data,
-        train=dataclasses.replace(tiny.train, warmup_steps=2, checkpoint_every=64, steps_per_call=4, tokens=10_240),
+        train=replace(tiny.train, warmup_steps=2, checkpoint_every=64, steps_per_call=4, tokens=10_240),
         mesh=tiny.mesh,
         axes=product(axis("train.peak_lr", [1e-2, 3e-3]), axis("train.seed", [0, 1])),
     )
@@ -79,6 +84,32 @@ def test_a_large_trial_has_the_device_to_itself(run, monkeypatch):
     launch.work(folder, prepared, lanes=2)
     assert all(len(at_once) == 1 for at_once in together if at_once & large)
     assert any(len(at_once) == 2 for at_once in together)
+
+
+@pytest.mark.parametrize("family", ["transformer", "encoder_decoder"])
+@pytest.mark.parametrize(("heads", "context", "beside"), [(8, 1024, True), (9, 1024, False), (8, 1536, False)])
+def test_no_trial_that_shares_a_gpu_asks_for_cudnn(family, heads, context, beside, monkeypatch):
+    """Where a program runs cuDNN's attention for the first time, XLA loses what another thread starts meanwhile."""
+    asked = []
+    monkeypatch.setattr("llm_jax.kernels.used", lambda: True)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda q, *_, **__: asked.append(q.shape) or q)
+    model = Model(family=family, d_model=128, num_heads=heads, head_dim=64, num_layers=1, dtype="bfloat16")
+    prefix, data = 0, Data(context=context)
+    if family == "encoder_decoder":
+        prefix = context // 4
+        data = Data(source="pairs", files=("x.tsv",), context=context, prefix=prefix)
+    assert launch.fits_beside(SimpleNamespace(config=Config(model, data))) == beside
+    params = jax.eval_shape(functools.partial(families.init, model), jax.random.key(0))
+    ids = jax.ShapeDtypeStruct((2, context), "int32")
+    jax.eval_shape(lambda params, ids: families.apply_training(model, params, ids, None, None, prefix), params, ids)
+    assert bool(asked) != beside
+
+
+def test_an_encoder_of_media_may_be_what_needs_the_whole_gpu():
+    model, data = Model(d_model=128, num_heads=2, media=Media("image", d_model=64)), Data(source="media", files=("digits.jsonl",))
+    assert launch.fits_beside(SimpleNamespace(config=Config(model, data)))
+    large = replace(model, media=replace(model.media, d_model=576))
+    assert not launch.fits_beside(SimpleNamespace(config=Config(large, data)))
 
 
 def test_an_error_in_one_lane_ends_the_others_too(run, monkeypatch):
