@@ -78,7 +78,7 @@ def aot(cfg: Config, topology: str, quick: bool = False) -> dict[str, Any]:
 
     chip, there = tpu_slice(topology), devices(topology)
     mesh = meshes.make(cfg, there)
-    sizes = dict(mesh.shape)
+    sizes = meshes.sizes_of(mesh)
     kernel = has_kernel(cfg, sizes)
     tokens, used = cfg.rows_per_step * cfg.data.context, math.prod(sizes.values())
     reckoned = footprint(cfg, sizes, kernel)

@@ -71,7 +71,11 @@ def check(cfg: Config) -> None:
 
 
 def make(cfg: Config, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh of a resolved config over all devices of all processes, or over `devices`. Raises BadInput where they do not fit."""
+    """The mesh of a resolved config over all devices of all processes, or over `devices`. Raises BadInput where they do not fit.
+
+    Its axes are those of more than one device, "data" where there is none: over an axis of one, a derivative would be "summed" by a
+    collective that copies it.
+    """
     here = devices is None
     devices = jax.devices() if devices is None else devices
     found = sizes(cfg, len(devices), here and jax.process_count() > 1)
@@ -87,7 +91,14 @@ def make(cfg: Config, devices: Sequence[Any] | None = None) -> Mesh:
         array = mesh_utils.create_hybrid_device_mesh(inner, dcn, devices, allow_split_physical_axes=True)
     else:
         array = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    return Mesh(array, NAMES, axis_types=(AxisType.Auto,) * len(NAMES))
+    names = [name for name in NAMES if found[name] > 1] or ["data"]
+    array = array.reshape([found[name] for name in names])
+    return Mesh(array, names, axis_types=(AxisType.Auto,) * len(names))
+
+
+def sizes_of(mesh: Mesh) -> dict[str, int]:
+    """Devices along each axis, 1 for those that the mesh does not have."""
+    return dict.fromkeys(NAMES, 1) | dict(mesh.shape)
 
 
 def traced(mesh: Mesh | None, f: Callable) -> Callable:
@@ -109,9 +120,14 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def rows_of(mesh: Mesh) -> tuple[str, ...]:
+    """The axes whose devices have rows of their own."""
+    return tuple(name for name in axes.ROWS if name in mesh.axis_names)
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Of arrays CxBx...: steps, then rows."""
-    return NamedSharding(mesh, PartitionSpec(None, axes.ROWS))
+    return NamedSharding(mesh, PartitionSpec(None, rows_of(mesh)))
 
 
 def state_shardings(mesh: Mesh, model: Model, tree: Any) -> Any:
@@ -159,5 +175,5 @@ def joined(batches: Any, mesh: Mesh, rows: int) -> Any:
 
 def rows_here(mesh: Mesh, rows: int) -> list[int]:
     """Which rows of a batch of so many this process's devices read, in order."""
-    parts = NamedSharding(mesh, PartitionSpec(axes.ROWS)).addressable_devices_indices_map((rows,))
+    parts = NamedSharding(mesh, PartitionSpec(rows_of(mesh))).addressable_devices_indices_map((rows,))
     return sorted({row for part in parts.values() if part is not None for row in range(rows)[part[0]]})

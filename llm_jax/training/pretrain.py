@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from llm_jax import axes
 from llm_jax.config import Data, Model, Train
 from llm_jax.data.pipeline import EvalSet, segments
 from llm_jax.data.tokenizer import Tokenizer
@@ -124,7 +123,7 @@ def _compiled_nll(model: Model, prefix: int, mesh: Mesh | None):
 
 def _held_out_batches(held_out: EvalSet, tokenizer: Tokenizer, data: Data, mesh: Mesh | None) -> dict[str, Any]:
     """Batches of EVAL_ROWS rows, or of one for each device that has rows of its own; the last is filled up with zeros."""
-    across = math.prod(mesh.shape[axis] for axis in axes.ROWS) if mesh is not None else 1
+    across = math.prod(mesh.shape[axis] for axis in meshes.rows_of(mesh)) if mesh is not None else 1
     at_once = -(-EVAL_ROWS // across) * across
     rows, width = held_out.tokens_BxT.shape
     padded = np.zeros((-(-rows // at_once) * at_once, width), np.int32)

@@ -138,7 +138,7 @@ def test_the_reckoned_state_is_what_a_device_has(model, mesh):
         np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
         for x in jax.tree.leaves((state.params, state.opt_state))
     )
-    assert footprint.footprint(cfg, dict(there.shape)).state == pytest.approx(held, rel=0.03)
+    assert footprint.footprint(cfg, meshes.sizes_of(there)).state == pytest.approx(held, rel=0.03)
 
 
 def test_what_is_computed_again():

@@ -131,7 +131,19 @@ def test_a_program_for_devices_that_are_not_there():
     text = call.lower(
         state, batches, jax.ShapeDtypeStruct((STEPS,), "float32"), jax.ShapeDtypeStruct((), "int32")
     ).as_text()
-    assert '@mesh = <["data"=2, "fsdp"=4, "expert"=1, "sequence"=1, "tensor"=1]>' in text
+    assert '@mesh = <["data"=2, "fsdp"=4]>' in text
+
+
+def test_nothing_is_summed_over_an_axis_of_one_device():
+    """What is computed on each device's part has its derivatives summed over the axes that do not spread them: with axes of one in the mesh,
+    GPUs copied all queries, keys and values of each layer."""
+    cfg = config(mesh=Mesh(data=8))
+    mesh = meshes.make(cfg)
+    assert mesh.axis_names == ("data",)
+    assert meshes.make(config(), jax.devices()[:1]).axis_names == ("data",)
+    lowered = programs.lower(cfg, mesh).as_text()
+    assert "manual_computation" in lowered
+    assert "all_reduce" not in lowered  # those of the gradients are added when it is compiled
 
 
 def test_the_mesh_is_no_part_of_a_trial():
