@@ -1,9 +1,11 @@
 """A sweep for one GPU: five shapes of 1 to 36 million parameters at four budgets, on Python's own sources.
 
 llm-jax sweep experiments/one_gpu.py
-llm-jax bench sweep experiments/one_gpu.py --alone 5
+llm-jax bench sweep experiments/one_gpu.py --alone 3
 
-Not yet run as a whole: there is no measured time or result.
+The second, on an H100 with 16 CPU cores (jax 0.11.2), data prepared and nothing compiled: 125.7 s for the sweep, 573 trials an hour; in a
+process each 32.0 s a trial (mean of three), 113 an hour: x 5.09. The small shapes take two thirds of the time, as they see most tokens. Losses of
+the two ways differ by 0.22 % at most, as programs of two trials add up in another order.
 """
 
 from llm_jax.config import Data, Model, Train

@@ -57,16 +57,16 @@ VERBS: dict[str, tuple[Any, Callable[[Any], int | None]]] = {
 }
 
 
-def _usage() -> str:
-    lines = [
-        "usage: llm-jax VERB [OPTIONS]",
-        "",
-        "sweep → fit → forecast → verify: scaling experiments on language models.",
-        "",
-    ]
+def _usage(group: str = "") -> str:
+    """All verbs, or those of two words of which `group` is the first."""
+    verb = f"{group} VERB".lstrip()
+    lines = [f"usage: llm-jax {verb} [OPTIONS]", ""]
+    if not group:
+        lines += ["sweep → fit → forecast → verify: scaling experiments on language models.", ""]
     for name, (options, _) in VERBS.items():
-        lines.append(f"  {name:15}{(options.__doc__ or '').splitlines()[0]}")
-    return "\n".join([*lines, "", "llm-jax VERB --help shows a verb's options."])
+        if name.startswith(f"{group} ".lstrip()):
+            lines.append(f"  {name:15}{(options.__doc__ or '').splitlines()[0]}")
+    return "\n".join([*lines, "", f"llm-jax {verb} --help shows a verb's options."])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -86,10 +86,10 @@ def _main(words: list[str]) -> int:
     for stream in (sys.stdout, sys.stderr):  # a terminal that cannot draw a letter is no reason to stop
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
-    if not words or words[0] in ("-h", "--help", "help"):
-        print(_usage())
-        return 0 if words else 2
     try:
+        if not words or words[0] in ("-h", "--help", "help"):
+            print(_usage())
+            return 0 if words else 2
         if words[0] == "--version":
             from llm_jax import __version__
 
@@ -99,6 +99,10 @@ def _main(words: list[str]) -> int:
             runs.work(files.as_path(words[1]), int(words[2]), int(words[3]))
             return 0
         name = words[0] if words[0] in VERBS else " ".join(words[:2])
+        asked = words[1:2] in ([], ["-h"], ["--help"])
+        if asked and any(one.startswith(f"{words[0]} ") for one in VERBS):
+            print(_usage(words[0]))
+            return 0 if words[1:] else 2
         if name not in VERBS:
             raise BadInput(f'"{name}" is no verb{did_you_mean(name, VERBS)}')
         kind, verb = VERBS[name]

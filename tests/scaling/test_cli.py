@@ -254,11 +254,20 @@ def test_help_is_instant_and_imports_no_jax():
 
 def test_a_closed_pipe_is_no_traceback(experiment):
     """llm-jax status | head"""
-    command = f"{sys.executable} -m scaling.cli sweep {experiment} --dry_run | true"
-    found = subprocess.run(
-        ["bash", "-c", command], capture_output=True, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}
-    )
-    assert "Traceback" not in found.stderr
+    for words in (f"sweep {experiment} --dry_run", "--help"):
+        command = f"{sys.executable} -m scaling.cli {words} | true"
+        found = subprocess.run(
+            ["bash", "-c", command], capture_output=True, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}
+        )
+        assert "Traceback" not in found.stderr
+
+
+def test_the_benches_are_listed(capsys):
+    for words, status in ((["bench"], 2), (["bench", "--help"], 0)):
+        assert cli.main(words) == status
+        said = capsys.readouterr().out
+        assert "bench sweep " in said
+        assert "  train " not in said
 
 
 def test_data_says_what_it_holds(experiment, capsys):
