@@ -21,12 +21,13 @@ Call = Callable[[Any, Any, Any, int], tuple[Any, Any]]
 
 
 class _Offer:
-    """A call that may be joined: its arguments, and what came of it; None where its own thread is to run it alone."""
+    """A call that may be joined: its arguments, and what came of it; neither result nor error where its own thread is to run it alone."""
 
     def __init__(self, arguments: tuple[Any, ...]):
         self.arguments = arguments
         self.settled = threading.Event()
         self.result: Any = None
+        self.error: BaseException | None = None
 
 
 class Lanes:
@@ -64,6 +65,9 @@ class Lanes:
                 with self._lock:
                     self.joined += 2
                 return result
+            except BaseException as error:
+                offer.error = error  # its state may be donated already: it cannot run alone
+                raise
             finally:
                 offer.settled.set()
         if offer is not None:  # of another number of steps, as at the end of a run
@@ -75,4 +79,6 @@ class Lanes:
                     del self._offers[program]
             if taken:
                 mine.settled.wait()
+        if mine is not None and mine.error:
+            raise mine.error
         return mine.result if mine is not None and mine.result is not None else alone(*arguments)

@@ -41,8 +41,9 @@ def lane(lanes, program, calls, found, start=None, delay=0.0):
     return thread
 
 
-def test_two_of_one_program_are_joined_and_each_gets_its_own():
+def test_two_of_one_program_are_joined_and_each_gets_its_own(monkeypatch):
     """A result handed to the other lane would be another trial's parameters."""
+    monkeypatch.setattr("llm_jax.training.lanes.PATIENCE_SECONDS", 30)  # a busy machine
     lanes, start, found = Lanes(), threading.Barrier(2), ([], [])
     threads = [lane(lanes, "program", [(f"{k}{i}", 8) for i in range(20)], found[k], start) for k in range(2)]
     for thread in threads:
@@ -87,6 +88,30 @@ def test_one_that_leaves_lets_the_other_go(monkeypatch):
         assert not found
     waiting.join(10)
     assert found[0][0] == "alone"
+
+
+def test_a_joined_call_that_fails_fails_for_both(monkeypatch):
+    """The one that offered its state must not try again alone: the state is donated."""
+    monkeypatch.setattr("llm_jax.training.lanes.PATIENCE_SECONDS", 30)  # a busy machine
+    lanes, start, found = Lanes(), threading.Barrier(2), []
+
+    def fails(*_):
+        raise RuntimeError("out of memory")
+
+    def run():
+        with lanes.join("program", alone, fails) as call:
+            start.wait()
+            try:
+                found.append(call("state", "batches", "rates", 8))
+            except RuntimeError as error:
+                found.append(str(error))
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == ["out of memory"] * 2
 
 
 def test_a_joined_call_is_the_calls_it_joins(mixed_dtypes, quick_compilation):
