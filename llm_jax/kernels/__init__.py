@@ -34,8 +34,8 @@ SMALL_WIDTH, SMALL_LENGTH = 512, 1024
 
 def small(width: int, length: int) -> bool:
     """Whether a model of this width on rows of this length leaves so much of a GPU idle that another is trained beside it, by another
-    thread of the process. Attention of such a width is not cuDNN's, even alone: when XLA (of jax 0.11) runs a program with that for the first
-    time, whatever other threads start meanwhile is lost or fails."""
+    thread of the process. Attention of such a width is not cuDNN's, even alone: while XLA (of jax 0.11) runs a program with that for
+    the first time, whatever other threads start is lost or fails."""
     return width <= SMALL_WIDTH and length <= SMALL_LENGTH
 
 

@@ -58,8 +58,8 @@ def attend(
     Causal unless told otherwise; `attention_mask` says who sees whom.
 
     cuDNN's kernel has no mask but causality and a window: given a mask as an array it is three times slower. So documents are told
-    apart by a kernel of ours, which is also the faster one for small models. Where neither serves, a window that divides a longer row is computed in blocks. On a mesh each device
-    attends for its own rows, heads and queries.
+    apart by a kernel of ours, which small models have in any case (kernels.small). Where neither serves, a window that divides a longer
+    row is computed in blocks. On a mesh each device attends for its own rows, heads and queries.
     """
     if axes.mesh().empty:
         return _attend(q_BxTxNxH, k_BxSxKxH, v_BxSxKxH, segment_BxT, visible_BxS, offset, window=window, causal=causal)

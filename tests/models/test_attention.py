@@ -200,7 +200,9 @@ def test_documents_have_a_kernel_of_their_own_on_a_gpu(monkeypatch):
     attend(q, k, k, segment_BxT=segments)
     attend(q, k, k, segment_BxT=segments, window=10)
     attend(q, k, k, segment_BxT=segments, causal=False)
-    attend(q, k, k, window=10)  # without documents, as the model is small: cuDNN's first run would disturb another trial
+    attend(
+        q, k, k, window=10
+    )  # without documents, as the model is small: cuDNN's first run would disturb another trial
     assert asked == [(True, None), (True, 10), (False, None), (True, 10)]
     attend(q, k, k, segment_BxT=segments, offset=jnp.int32(0))
     attend(q[:, :20], k, k, segment_BxT=segments)

@@ -135,8 +135,8 @@ def test_a_program_for_devices_that_are_not_there():
 
 
 def test_nothing_is_summed_over_an_axis_of_one_device():
-    """What is computed on each device's part has its derivatives summed over the axes that do not spread them: with axes of one in the mesh,
-    GPUs copied all queries, keys and values of each layer."""
+    """What is computed on each device's part has its derivatives summed over the axes that do not spread them: with axes of one in the
+    mesh, the program copied all queries, keys and values of each layer."""
     cfg = config(mesh=Mesh(data=8))
     mesh = meshes.make(cfg)
     assert mesh.axis_names == ("data",)
