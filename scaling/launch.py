@@ -9,9 +9,11 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -161,48 +163,71 @@ def work(folder: Path, prepared: Prepared, start: float = 0.0, lanes: int | None
     compiled = compile_ahead([t for t in order if begun[t.id] not in ledger.ENDED], prepared, lanes)
     total = sum(t.counts["C_flops"] for t in order)
     with _cancelled(compiled.values()), preemption.noticed() as signalled, progress("sweep", total, "FLOP") as update:
-        board = Board(update)
-        meeting = Lanes() if lanes > 1 else None
-        # Of the device: a trial that does not fit beside another takes them all.
-        room = threading.Semaphore(lanes)
-
-        def told() -> bool:
-            return signalled() or board.over.is_set()
-
-        def lane(number: int) -> None:
-            state = begun
-            while True:
-                if told():
-                    raise Preempted("between trials")
-                going = [t.id for t in order if state[t.id] not in ledger.ENDED]
-                state = hosts.agreed(state | ledger.statuses(folder, going))
-                left = [t for t in order if state[t.id] not in ledger.ENDED]
-                mine = [t for t in left if number == 0 or fits_beside(t)]
-                if not mine:
-                    return
-                board.ended(sum(t.counts["C_flops"] for t in order if state[t.id] in ledger.ENDED))
-                for trial in mine:
-                    if state.get(leader.get(trial.id, ""), "done") not in ledger.ENDED or state[trial.id] == "running":
-                        continue
-                    if train(trial, number):
-                        break
-                else:
-                    time.sleep(files.poll_seconds(folder))
-
-        def train(trial: Trial, number: int) -> bool:
-            with _held(room, 1 if fits_beside(trial) else lanes), claim(folder, trial.id) as (ours, lease):
-                if ours:
-                    if under_way := compiled.get(programs.key(trial.config)):
-                        wait([under_way])  # a failure shows when the trial compiles it again
-                    report = functools.partial(board.report, number, trial)
-                    beside = meeting if fits_beside(trial) else None
-                    run_trial(folder, trial, prepared, branches.get(trial.id, ()), report, lease, told, beside)
-                    board.report(number, trial, 0, 1)
-                return ours
-
-        _side_by_side(lane, lanes, board.over)
+        share = _Share(folder, prepared, order, begun, leader, branches, compiled, lanes, Board(update), signalled)
+        _side_by_side(share.lane, lanes, share.board.over)
         if hosts.first():
             ledger.write_table(folder)  # again: another worker's last result may have come after our last table
+
+
+@dataclass
+class _Share:
+    """A worker's part in a run, which its lanes do together."""
+
+    folder: Path
+    prepared: Prepared
+    order: Sequence[Trial]
+    begun: Mapping[str, str]
+    """Status by trial, as of the start."""
+    leader: Mapping[str, str]
+    """The trial that trains its trunk, by trial."""
+    branches: Mapping[str, Sequence[int]]
+    """Steps that others branch off at, by the trial that passes them."""
+    compiled: Mapping[Any, Future]
+    lanes: int
+    board: Board
+    signalled: Callable[[], bool]
+
+    def __post_init__(self) -> None:
+        self.meeting = Lanes() if self.lanes > 1 else None
+        # Of the device: a trial that does not fit beside another takes them all.
+        self.room = threading.Semaphore(self.lanes)
+
+    def told(self) -> bool:
+        """Whether to save and leave."""
+        return self.signalled() or self.board.over.is_set()
+
+    def lane(self, number: int) -> None:
+        """Trains one trial after the other until none is left that this lane may take: the first lane all, others small ones."""
+        state = dict(self.begun)
+        while True:
+            if self.told():
+                raise Preempted("between trials")
+            going = [t.id for t in self.order if state[t.id] not in ledger.ENDED]
+            state = hosts.agreed(state | ledger.statuses(self.folder, going))
+            mine = [t for t in self.order if state[t.id] not in ledger.ENDED and (number == 0 or fits_beside(t))]
+            if not mine:
+                return
+            self.board.ended(sum(t.counts["C_flops"] for t in self.order if state[t.id] in ledger.ENDED))
+            for trial in mine:
+                if state.get(self.leader.get(trial.id, ""), "done") not in ledger.ENDED or state[trial.id] == "running":
+                    continue
+                if self.train(trial, number):
+                    break
+            else:
+                time.sleep(files.poll_seconds(self.folder))
+
+    def train(self, trial: Trial, number: int) -> bool:
+        """Whether the trial was free; it has ended then."""
+        beside = fits_beside(trial)
+        with _held(self.room, 1 if beside else self.lanes), claim(self.folder, trial.id) as (ours, lease):
+            if ours:
+                if under_way := self.compiled.get(programs.key(trial.config)):
+                    wait([under_way])  # a failure shows when the trial compiles it again
+                report = functools.partial(self.board.report, number, trial)
+                steps, lanes = self.branches.get(trial.id, ()), self.meeting if beside else None
+                run_trial(self.folder, trial, self.prepared, steps, report, lease, self.told, lanes)
+                self.board.report(number, trial, 0, 1)
+            return ours
 
 
 class Board:

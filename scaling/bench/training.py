@@ -80,7 +80,7 @@ def start(cfg: Config, lanes: int = 1) -> tuple[dict[str, Any], Round]:
             state, metrics = tuple(one for one, _ in ended), ended[0][1]
         else:
             state, metrics = ended
-        float(metrics["nll"][-1])  # waits for the whole call
+        np.asarray(metrics["nll"])  # waits for the whole call
         return (time.perf_counter() - began) / int(steps), metrics
 
     facts = {
@@ -103,7 +103,7 @@ def timed(round_: Round) -> dict[str, Any]:
     began = time.process_time()
     seconds, metrics = round_()
     cpu_seconds = (time.process_time() - began) / len(metrics["nll"])
-    found = {"seconds": seconds, "loss": float(metrics["nll"][-1])}
+    found = {"seconds": seconds, "loss": float(np.asarray(metrics["nll"])[-1])}
     if jax.default_backend() != "cpu":
         held = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
         return found | {"allocated_bytes": max((one for one in held if one), default=None)}

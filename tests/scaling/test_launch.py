@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import jax
 import pytest
 
+from llm_jax import files
 from llm_jax.components import Media
 from llm_jax.config import Config, Data, Model
 from llm_jax.data import prepare
@@ -77,7 +78,7 @@ def test_a_large_trial_has_the_device_to_itself(run, monkeypatch):
         together.append(set(running))
         time.sleep(0.3)
         running.remove(trial.id)
-        (ledger.trial_folder(folder, trial.id) / "result.json").write_text('{"status": "failed"}')
+        files.write_json(ledger.trial_folder(folder, trial.id) / "result.json", {"status": "failed"})
 
     monkeypatch.setattr(launch, "run_trial", pretend)
     monkeypatch.setattr(launch.ledger, "write_table", lambda folder: None)
