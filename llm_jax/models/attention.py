@@ -61,8 +61,10 @@ def attend(
     apart by a kernel of ours, which small models have in any case (kernels.small). Where neither serves, a window that divides a longer
     row is computed in blocks. On a mesh each device attends for its own rows, heads and queries.
     """
+    small = kernels.small(q_BxTxNxH.shape[2] * q_BxTxNxH.shape[3], k_BxSxKxH.shape[1])
+    how = {"window": window, "causal": causal, "small": small}
     if axes.mesh().empty:
-        return _attend(q_BxTxNxH, k_BxSxKxH, v_BxSxKxH, segment_BxT, visible_BxS, offset, window=window, causal=causal)
+        return _attend(q_BxTxNxH, k_BxSxKxH, v_BxSxKxH, segment_BxT, visible_BxS, offset, **how)
     (K, tensor), continues = (k_BxSxKxH.shape[2], axes.size("tensor")), offset is not None
     heads = "heads" if q_BxTxNxH.shape[2] % tensor == 0 and (K == 1 or K % tensor == 0) else None
     queries = axes.spec(("rows", None if continues else "sequence", heads), q_BxTxNxH.shape)
@@ -72,23 +74,21 @@ def attend(
     def part(q, k, v, segment, visible, offset):
         if queries[1]:
             offset = jax.lax.axis_index("sequence") * q.shape[1]
-        return _attend(q, k, v, segment, visible, offset, window=window, causal=causal)
+        return _attend(q, k, v, segment, visible, offset, **how)
 
     spread = axes.local(part, (queries, keys, keys, rows, rows, whole), queries)
     return spread(q_BxTxNxH, k_BxSxKxH, v_BxSxKxH, segment_BxT, visible_BxS, offset)
 
 
-def _attend(q_BxTxNxH, k_BxSxKxH, v_BxSxKxH, segment_BxT, visible_BxS, offset, *, window, causal):
+def _attend(q_BxTxNxH, k_BxSxKxH, v_BxSxKxH, segment_BxT, visible_BxS, offset, *, window, causal, small):
     q, offset_or_visible = q_BxTxNxH, offset is not None or visible_BxS is not None
-    queries, heads, width = q.shape[1:]
-    num_keys = k_BxSxKxH.shape[1]
+    queries, num_keys, width = q.shape[1], k_BxSxKxH.shape[1], q.shape[3]
     if not offset_or_visible and splash.serves(queries, num_keys, width):
         return splash.attend(q, k_BxSxKxH, v_BxSxKxH, segment_BxT, window, causal)
     fits = kernels.used() and not offset_or_visible and q.dtype == jnp.bfloat16 and width % 8 == 0 and width <= 128
-    small = kernels.small(heads * width, num_keys)
     if fits and queries == num_keys and (small or segment_BxT is not None):
-        one = jnp.zeros(q.shape[:2], jnp.int32)
-        return documents.attend(q, k_BxSxKxH, v_BxSxKxH, one if segment_BxT is None else segment_BxT, causal, window)
+        ids_BxT = jnp.zeros(q.shape[:2], jnp.int32) if segment_BxT is None else segment_BxT
+        return documents.attend(q, k_BxSxKxH, v_BxSxKxH, ids_BxT, causal, window)
     if fits and not small and segment_BxT is None:
         sees = (window - 1, 0) if window else None
         return jax.nn.dot_product_attention(
