@@ -64,10 +64,23 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(names, x.shape))
 
 
+def _over(part: Any) -> tuple[str, ...]:
+    """The axes of a dimension of a PartitionSpec."""
+    return (part,) if isinstance(part, str) else tuple(part or ())
+
+
 def total(x: Any, spread: PartitionSpec) -> Any:
     """Inside of `local`: x summed over the axes that an argument is spread over."""
-    over = [axis for part in spread if part for axis in ((part,) if isinstance(part, str) else part)]
+    over = [axis for part in spread for axis in _over(part)]
     return jax.lax.psum(x, over) if over else x
+
+
+def gathered(x: jax.Array, spread: PartitionSpec, name: str) -> jax.Array:
+    """Inside of `local`: x, spread so, with the dimension of this logical name whole. Its derivative is summed and spread in one."""
+    for dimension, part in enumerate(spread):
+        if set(_over(part)) & set(RULES[name]):
+            x = jax.lax.all_gather(x, _over(part), axis=dimension, tiled=True)
+    return x
 
 
 def local(f: Callable, in_specs: Any, out_specs: Any) -> Callable:

@@ -369,18 +369,20 @@ def expert_parallel(cfg: Model, params: Any, x_BxTxD: jax.Array, mesh: Mesh | Ab
     if cfg.experts.routing == "expert" and train:
         raise BadInput("model.experts.routing=expert chooses among all rows and is not spread over devices; use token")
     hidden = "mlp" if cfg.expert_width % sizes.get("tensor", 1) == 0 else None
-    names: dict[str, tuple[str | None, ...]] = {"up": (None, hidden), "gate": (None, hidden), "down": (hidden, None)}
+    names: dict[str, tuple[str | None, ...]]
+    names = {"up": ("embed", hidden), "gate": ("embed", hidden), "down": (hidden, "embed")}
     names = {f"shared_{name}": of for name, of in names.items()} | {name: (axis, *of) for name, of in names.items()}
     specs = {name: axes.spec(names.get(name, ()), leaf.shape, sizes) for name, leaf in params.items()}
     rows = axes.spec(("rows", "sequence"), x_BxTxD.shape, sizes)
     partial = axes.spec((hidden,), (cfg.expert_width,), sizes)
 
     def local(params, x_BxTxD):
+        params = {name: axes.gathered(leaf, specs[name], "embed") for name, leaf in params.items()}
         x_MxD, exchange = x_BxTxD.reshape(-1, cfg.d_model), axis if size > 1 else None
         y_MxD, routing = mixture(cfg, params, x_MxD, train, exchange, lambda sums: axes.total(sums, rows))
         return axes.total(y_MxD, partial).reshape(x_BxTxD.shape), routing
 
-    # Before they are gathered: half the bytes in bfloat16. The router computes in float32.
+    # Before they are gathered, inside: half the bytes in bfloat16. The router computes in float32.
     params = {name: leaf if name.startswith("router") else leaf.astype(x_BxTxD.dtype) for name, leaf in params.items()}
     mapped = jax.shard_map(local, mesh=mesh, in_specs=(specs, rows), out_specs=(rows, PartitionSpec()), check_vma=False)
     return mapped(params, x_BxTxD)
