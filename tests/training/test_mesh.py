@@ -146,6 +146,12 @@ def test_nothing_is_summed_over_an_axis_of_one_device():
     assert "all_reduce" not in lowered  # those of the gradients are added when it is compiled
 
 
+def test_gradients_of_experts_are_summed_and_spread_in_one():
+    """Over fsdp, where a sum that every device has whole is twice the bytes."""
+    cfg = config(MIXED, mesh=Mesh(data=1, fsdp=4, expert=2))
+    assert programs.lower(cfg, meshes.make(cfg)).as_text().count("reduce_scatter") >= 3  # up, gate, down
+
+
 def test_the_mesh_is_no_part_of_a_trial():
     """Its results are those of any mesh, and a run goes on with other devices than it began with."""
     cfg = config()
