@@ -20,7 +20,6 @@ cost no device its share of the other work (GShard, Lepikhin et al. 2020; ZeRO, 
 RULES: dict[str | None, tuple[str, ...]] = {
     "rows": ROWS,
     "sequence": ("sequence",),
-    "embed": ("fsdp",),
     "vocab": ("tensor",),
     "heads": ("tensor",),
     "kv": ("tensor",),
@@ -28,7 +27,10 @@ RULES: dict[str | None, tuple[str, ...]] = {
     "expert": ("expert",),
 }
 """By logical name; rows and sequence are of activations, the others of parameters (families.logical_axes), and of activations where a
-product leaves them so. A dimension of another name is whole on every device: layers, positions, head, taps, state, ..."""
+product leaves them so. A dimension of another name is whole on every device: embed, layers, positions, head, taps, state, ..."""
+FSDP = ("embed", "vocab", "heads", "mlp")
+"""A parameter with "embed" lies on fsdp by its first dimension of these names that the axis divides: rows then are what is gathered and
+scattered. Of columns, XLA leaves every TPU the whole sum: twice the bytes."""
 
 
 def spec(names: Sequence[str | None], shape: Sequence[int], sizes: Mapping[str, int] | None = None) -> PartitionSpec:
@@ -42,6 +44,11 @@ def spec(names: Sequence[str | None], shape: Sequence[int], sizes: Mapping[str, 
         fits = axes and not used & set(axes) and length % math.prod(sizes[axis] for axis in axes) == 0
         used |= set(axes) if fits else set()
         found.append(axes if fits else None)
+    if "embed" in names and (fsdp := sizes.get("fsdp", 1)) > 1:
+        for i, (name, length) in enumerate(zip(names, shape, strict=False)):
+            if name in FSDP and length % (fsdp * math.prod(sizes[axis] for axis in found[i] or ())) == 0:
+                found[i] = (*(found[i] or ()), "fsdp")
+                break
     return PartitionSpec(*found)
 
 
@@ -75,11 +82,11 @@ def total(x: Any, spread: PartitionSpec) -> Any:
     return jax.lax.psum(x, over) if over else x
 
 
-def gathered(x: jax.Array, spread: PartitionSpec, name: str) -> jax.Array:
-    """Inside of `local`: x, spread so, with the dimension of this logical name whole. Its derivative is summed and spread in one."""
+def gathered(x: jax.Array, spread: PartitionSpec, axis: str) -> jax.Array:
+    """Inside of `local`: x, spread so, whole along this axis. Its derivative is summed and spread in one."""
     for dimension, part in enumerate(spread):
-        if set(_over(part)) & set(RULES[name]):
-            x = jax.lax.all_gather(x, _over(part), axis=dimension, tiled=True)
+        if axis in _over(part):
+            x = jax.lax.all_gather(x, axis, axis=dimension, tiled=True)
     return x
 
 

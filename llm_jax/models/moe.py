@@ -377,7 +377,7 @@ def expert_parallel(cfg: Model, params: Any, x_BxTxD: jax.Array, mesh: Mesh | Ab
     partial = axes.spec((hidden,), (cfg.expert_width,), sizes)
 
     def local(params, x_BxTxD):
-        params = {name: axes.gathered(leaf, specs[name], "embed") for name, leaf in params.items()}
+        params = {name: axes.gathered(leaf, specs[name], "fsdp") for name, leaf in params.items()}
         x_MxD, exchange = x_BxTxD.reshape(-1, cfg.d_model), axis if size > 1 else None
         y_MxD, routing = mixture(cfg, params, x_MxD, train, exchange, lambda sums: axes.total(sums, rows))
         return axes.total(y_MxD, partial).reshape(x_BxTxD.shape), routing

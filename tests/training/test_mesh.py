@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llm_jax import axes
 from llm_jax.config import Config, Data, Experts, Mesh, Model, Train, trunk_key
 from llm_jax.data import prepare
 from llm_jax.kernels import cross_entropy, norm
@@ -144,6 +145,29 @@ def test_nothing_is_summed_over_an_axis_of_one_device():
     lowered = programs.lower(cfg, mesh).as_text()
     assert "manual_computation" in lowered
     assert "all_reduce" not in lowered  # those of the gradients are added when it is compiled
+
+
+@pytest.mark.parametrize(
+    ("names", "shape", "wanted"),
+    [
+        (("embed", "mlp"), (64, 96), ("fsdp", "tensor")),
+        (("mlp", "embed"), (96, 64), (("tensor", "fsdp"), None)),
+        (("layers", "expert", "mlp", "embed"), (2, 4, 96, 64), (None, "expert", ("tensor", "fsdp"), None)),
+        (
+            ("heads", "head", "embed"),
+            (6, 16, 64),
+            ("tensor", None, "fsdp"),
+        ),  # six heads do not divide among eight devices
+        (("heads", "head", "embed"), (5, 16, 63), (None, None, None)),
+        (("vocab", "embed"), (50_257, 64), (None, "fsdp")),
+        (("rows", "sequence", "mlp"), (16, 32, 96), (("data", "fsdp", "expert"), None, "tensor")),
+    ],
+)
+def test_where_dimensions_lie(names, shape, wanted):
+    """Parameters lie on fsdp by their first dimension that it divides; activations have no fsdp but for rows."""
+    sizes = {"data": 1, "fsdp": 4, "expert": 2, "tensor": 2}
+    found = axes.spec(names, shape, sizes | ({"data": 2} if "rows" in names else {}))
+    assert found == jax.sharding.PartitionSpec(*wanted)
 
 
 def test_gradients_of_experts_are_summed_and_spread_in_one():
