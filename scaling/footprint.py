@@ -17,9 +17,6 @@ from scaling.hardware import PEAK_FLOPS, Slice
 STATE_BYTES = 12
 """Of a parameter: itself and both moments of Adam, in float32."""
 
-LANES = 128
-"""Of a register: what libtpu's gathers along the last dimension come in."""
-
 
 @dataclass(frozen=True)
 class Footprint:
@@ -110,9 +107,7 @@ def footprint(cfg: Config, sizes: Mapping[str, int], kernel: bool = True) -> Foo
     gathered = 2 * number * (matrices / tensor / model.num_layers + model.vocab_size * model.d_model / tensor)
     flops = 3 * parts.flops(counted) * cfg.rows_per_step * context / devices
     share = {name: (size - 1) / size for name, size in sizes.items()}
-    # Twice of parameters, once of gradients; fewer columns a device than LANES are gathered by a reduction, of twice the bytes.
-    thin = 2 if model.d_model / fsdp < LANES else 1
-    gathers = 3 * number * whole * share["fsdp"] * accumulated * thin
+    gathers = 3 * number * whole * share["fsdp"] * accumulated  # twice of parameters, once of gradients
     copies = 2 * number * held * share["data"] * (1 if fsdp == 1 else accumulated)
     summed = 2 * share["tensor"] * 4 * model.num_layers * tokens * model.d_model * number * accumulated
     sent = (model.experts.capacity_factor or model.experts.number) if sizes["expert"] > 1 else 0

@@ -24,6 +24,5 @@ experiment = Experiment(
     ),
     data=Data(source="tfds:c4/en", tokenizer="bpe", context=8192),
     train=Train(tokens_per_step=2**22, grad_accumulation=2),
-    # 128 columns of a matrix a device: with fewer than a register has lanes, XLA gathers by a reduction, of twice the bytes.
     mesh=Mesh(fsdp=32),
 )

@@ -26,6 +26,5 @@ experiment = Experiment(
     ),
     data=Data(source="tfds:c4/en", tokenizer="bpe", context=8192),
     train=Train(tokens_per_step=2**21),
-    # 128 columns of a matrix a device, as in dense_8b.py.
     mesh=Mesh(fsdp=32),
 )
