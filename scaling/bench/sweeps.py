@@ -7,6 +7,7 @@ ones while the present one trains.
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import subprocess
@@ -20,11 +21,14 @@ from typing import Any
 from llm_jax.settings import BadInput
 from scaling import experiment as experiments
 from scaling import ledger
+from scaling.bench import training
+from scaling.launchers import local
 
 
 def bench_sweep(path: Path, alone: int | None = None) -> dict[str, Any]:
     """`llm-jax bench sweep`: the trials of the experiment at `path` in one sweep, then `alone` of them, evenly spaced, in a process each;
-    None: all. Seconds are of whole processes; `ratio` is of trials an hour, by the mean of those that ran alone."""
+    None: all. Seconds are of whole processes; `ratio` is of trials an hour, by the mean of those that ran alone. `mfu` is of the whole
+    sweep, C = 6 N D over what all devices here could do meanwhile; None for devices whose peak is not known, a CPU for one."""
     from llm_jax.data import prepare
 
     experiment, _ = experiments.load(path)
@@ -42,15 +46,22 @@ def bench_sweep(path: Path, alone: int | None = None) -> dict[str, Any]:
             seconds, rows = _timed(path, Path(temporary) / trial.id, axes)
             apart.append((seconds, rows[trial.id]["loss"] / together[trial.id]["loss"] - 1))
     mean = statistics.mean(seconds for seconds, _ in apart)
+    hardware, total = next(iter(together.values()))["hardware"], sum(t.counts["C_flops"] for t in trials)
+    peak, whose = training.peak_flops(hardware, ())
+    peak *= max(1, len(local.devices()[1]))
     return {
-        "hardware": next(iter(together.values()))["hardware"],
+        "hardware": hardware,
         "trials": len(trials),
         "N_params": [min(t.counts["N_params"] for t in trials), max(t.counts["N_params"] for t in trials)],
         "shapes": len({t.config.model for t in trials}),
-        "C_flops": sum(t.counts["C_flops"] for t in trials),
+        "C_flops": total,
         "training_seconds": sum(row["seconds"] for row in together.values()),
         "sweep_seconds": whole,
         "sweep_per_hour": 3600 * len(trials) / whole,
+        "tokens_per_second": sum(t.counts["D_tokens"] for t in trials) / whole,
+        "peak_flops": None if math.isnan(peak) else peak,
+        "peak_of": whose,
+        "mfu": None if math.isnan(peak) else total / whole / peak,
         "alone": number,
         "alone_seconds": mean,
         "alone_per_hour": 3600 / mean,
@@ -82,6 +93,7 @@ def describe(found: dict[str, Any]) -> str:
     """The table for people."""
     low, high = found["N_params"]
     what = f"{found['trials']} trials of {found['shapes']} shapes, N {low:,} to {high:,}, {found['C_flops']:.3g} FLOPs"
+    of_peak = f"{100 * found['mfu']:.1f} % of {found['peak_flops'] / 1e12:,.3g} TFLOP/s" if found["mfu"] else ""
     return "\n".join(
         [
             f"{found['hardware']}: {what}",
@@ -90,6 +102,8 @@ def describe(found: dict[str, Any]) -> str:
             f"one sweep               {found['sweep_seconds']:9,.1f}  {found['sweep_per_hour']:14,.0f}",
             f"a process each, a trial {found['alone_seconds']:9,.1f}  {found['alone_per_hour']:14,.0f}   mean of {found['alone']}",
             "",
+            f"the whole sweep: {found['tokens_per_second']:,.0f} tokens a second"
+            + (f", 6 N D at {of_peak} ({found['peak_of']})" if of_peak else ""),
             f"x {found['ratio']:.2f}; the sweep's training loops took {found['training_seconds']:,.1f} s, added up over trials;"
             f" losses differ by {100 * found['loss_difference']:.2g} % at most",
         ]

@@ -126,7 +126,7 @@ def record(cfg: Config, facts: dict[str, Any], rounds: Sequence[dict[str, Any]],
     """
     step = statistics.median(one["seconds"] for one in rounds)
     tokens, flops = lanes * cfg.rows_per_step * cfg.data.context, model_flops(cfg)
-    peak, whose = _peak(facts["device"], [one["numpy_seconds"] for one in rounds if "numpy_seconds" in one])
+    peak, whose = peak_flops(facts["device"], [one["numpy_seconds"] for one in rounds if "numpy_seconds" in one])
     devices = facts["devices"]
     if facts["platform"] != "cpu":  # whose simulated devices share its cores
         peak *= devices
@@ -222,7 +222,7 @@ def needed_bytes(compiled: Any) -> int:
     return size - needs.alias_size_in_bytes
 
 
-def _peak(device: str, product_seconds: Sequence[float]) -> tuple[float, str]:
+def peak_flops(device: str, product_seconds: Sequence[float]) -> tuple[float, str]:
     """FLOP/s to divide by, and whose they are. NaN for a chip whose data sheet is not in scaling/hardware.py."""
     if product_seconds:
         return 2 * MATRIX**3 / statistics.median(product_seconds), f"NumPy, {MATRIX} x {MATRIX} float32"

@@ -66,12 +66,12 @@ def test_a_mesh_trains_the_same_rows(several, mixed_dtypes, monkeypatch):
 )
 def test_a_device_finds_its_peak(kind, peak):
     """By its name in the data sheet; the more particular of two that fit."""
-    assert training._peak(kind, [])[0] == peak
+    assert training.peak_flops(kind, [])[0] == peak
 
 
 def test_an_unknown_device_has_no_utilisation():
     """A wrong peak would print a plausible percentage; none at all is not a number, and null in JSON."""
-    assert math.isnan(training._peak("Quantum 9000", [])[0])
+    assert math.isnan(training.peak_flops("Quantum 9000", [])[0])
 
 
 def test_what_has_no_step_is_refused(capsys):
