@@ -32,7 +32,7 @@ SEGMENTS = np.asarray([[0, 0, 0, 0], [0, 0, 0, 0], [1, 0, 0, 0]], np.int32)
 
 @functools.lru_cache
 def random_params(cfg: Model):
-    params = families.init(cfg, jax.random.key(0))
+    params = jax.jit(functools.partial(families.init, cfg))(jax.random.key(0))
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(1), len(leaves))
     return jax.tree.unflatten(
@@ -126,7 +126,7 @@ def test_a_bad_end_does_not_stop_a_good_hypothesis():
     cfg = Model(
         family="feedforward", vocab_size=vocab, d_model=vocab, d_ff=vocab, ngram_order=2, direct_connections=True
     )
-    params = jax.tree.map(jnp.zeros_like, families.init(cfg, jax.random.key(0)))
+    params = jax.tree.map(jnp.zeros_like, jax.jit(functools.partial(families.init, cfg))(jax.random.key(0)))
     params["embed"] = jnp.eye(vocab) / vocab**0.5
     likely = np.log(0.97 / 0.03 * (vocab - 1)) * np.eye(vocab)[[*range(1, vocab), 0]]
     params["direct"] = jnp.asarray(likely[None], jnp.float32)

@@ -1,5 +1,7 @@
 """Sampling: the cache changes nothing, and the draws follow the distribution."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +17,7 @@ MODEL = Model(num_layers=2, d_model=16, num_heads=2, vocab_size=32)
 
 @pytest.fixture(scope="module")
 def params():
-    zeros_too = families.init(MODEL, jax.random.key(0))
+    zeros_too = jax.jit(functools.partial(families.init, MODEL))(jax.random.key(0))
     return jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), zeros_too)
 
 

@@ -1,5 +1,6 @@
 """Trials side by side on one device: what is joined is what each would have done alone, and nobody waits for one that does not come."""
 
+import functools
 import threading
 import time
 
@@ -120,9 +121,10 @@ def test_a_joined_call_is_the_calls_it_joins(mixed_dtypes, quick_compilation):
     step = make_train_step(pretrain.loss_fn(MODEL, cfg), adamw(cfg))
     rng = np.random.default_rng(0)
 
+    init, init_opt = jax.jit(functools.partial(families.init, MODEL)), jax.jit(adamw(cfg).init)
+
     def trials():
-        states = [init_state(families.init(MODEL, jax.random.key(seed)), adamw(cfg).init, seed) for seed in range(2)]
-        return tuple(states)
+        return tuple(init_state(init(jax.random.key(seed)), init_opt, seed) for seed in range(2))
 
     batches = tuple({"tokens": rng.integers(0, 32, (4, 2, 9)).astype(np.int32)} for _ in range(2))
     rates = tuple(np.full(4, rate, np.float32) for rate in (1e-2, 1e-3))

@@ -1,5 +1,6 @@
 """One step: its sums, its microbatches, and several steps in one call."""
 
+import functools
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,8 +28,13 @@ TWO_BYTES: Any = SimpleNamespace(bos=0, pad=31, token_bytes=lambda: np.full(32, 
 """A tokenizer as far as an evaluation knows one."""
 
 
-def fresh(cfg):
-    return init_state(families.init(MODEL, jax.random.key(0)), adamw(cfg).init, 0)
+@functools.cache
+def params_of(model, seed=0):
+    return jax.jit(functools.partial(families.init, model))(jax.random.key(seed))
+
+
+def fresh(cfg, model=MODEL):
+    return init_state(jax.tree.map(jnp.copy, params_of(model)), jax.jit(adamw(cfg).init), 0)  # calls donate their state
 
 
 def test_cross_entropy_against_numpy():
@@ -124,14 +130,12 @@ def test_training_learns_and_dropout_draws_anew_each_step():
     cfg = Train()
     data = {"tokens": np.tile(np.arange(9, dtype=np.int32), (60, 4, 1))}
     step = make_train_step(pretrain.loss_fn(model, Train()), adamw(cfg))
-    state = init_state(families.init(model, jax.random.key(0)), adamw(cfg).init, 0)
+    state = fresh(cfg, model)
     _, metrics = make_train_call(step, 60)(state, data, np.full(60, 1e-2, np.float32), 60)
     losses_C = np.asarray(metrics["nll"])
     assert losses_C[0] > 3
     assert losses_C[-5:].mean() < 0.5
-    still = make_train_call(step, 60)(
-        init_state(families.init(model, jax.random.key(0)), adamw(cfg).init, 0), data, np.zeros(60, np.float32), 60
-    )[1]["nll"]
+    still = make_train_call(step, 60)(fresh(cfg, model), data, np.zeros(60, np.float32), 60)[1]["nll"]
     assert len(set(np.asarray(still).tolist())) > 50, "at rate 0 only the dropout masks differ between steps"
 
 
@@ -139,7 +143,7 @@ def test_evaluation_counts_every_row_once_and_its_error_is_by_document():
     """A padded last batch must not enter, and the error must be the cluster formula's."""
     rng = np.random.default_rng(0)
     held = EvalSet(rng.integers(0, 32, (21, 9)).astype(np.int32), np.repeat([0, 1, 2, 3, 4, 5, 6], 3))
-    params = families.init(MODEL, jax.random.key(1))
+    params = params_of(MODEL, 1)
     found = pretrain.evaluate(MODEL, params, held, TWO_BYTES, Data())
     logits = np.asarray(families.apply(MODEL, params, held.tokens_BxT[:, :-1]), np.float64)
     picked = np.take_along_axis(logits, held.tokens_BxT[:, 1:, None], -1)[..., 0]
@@ -154,7 +158,7 @@ def test_the_prefix_is_not_scored():
     """Trained and evaluated on the same targets, those after the prefix, whatever the family; padding of pairs weighs nothing."""
     rng = np.random.default_rng(0)
     rows = rng.integers(1, 30, (5, 9)).astype(np.int32)
-    held, params = EvalSet(rows, np.arange(5)), families.init(MODEL, jax.random.key(1))
+    held, params = EvalSet(rows, np.arange(5)), params_of(MODEL, 1)
 
     def scored(data, mask_BxT, segment_BxT=None):
         logits = np.asarray(families.apply(MODEL, params, rows[:, :-1], segment_BxT), np.float64)
