@@ -423,7 +423,7 @@ class Config:
         self.check_mesh({name: max(1, size) for name, size in asdict(self.mesh).items()})
 
     def check_mesh(self, sizes: Mapping[str, int]) -> None:
-        """Raises BadInput where a mesh of such axes cannot share this model's work. Its rows are mesh_rows' affair."""
+        """Raises BadInput where a mesh of such axes cannot share this model's work; training/mesh.py checks its rows."""
         model, experts = self.model, self.model.experts.number
         shared = {"expert": {"model.experts.number": experts}} if experts else {}
         if model.attends:

@@ -369,8 +369,8 @@ def expert_parallel(cfg: Model, params: Any, x_BxTxD: jax.Array, mesh: Mesh | Ab
     if cfg.experts.routing == "expert" and train:
         raise BadInput("model.experts.routing=expert chooses among all rows and is not spread over devices; use token")
     hidden = "mlp" if cfg.expert_width % sizes.get("tensor", 1) == 0 else None
-    names: dict[str, tuple[str | None, ...]]
-    names = {"up": ("embed", hidden), "gate": ("embed", hidden), "down": (hidden, "embed")}
+    into, out = ("embed", hidden), (hidden, "embed")
+    names: dict[str, tuple[str | None, ...]] = {"up": into, "gate": into, "down": out}
     names = {f"shared_{name}": of for name, of in names.items()} | {name: (axis, *of) for name, of in names.items()}
     specs = {name: axes.spec(names.get(name, ()), leaf.shape, sizes) for name, leaf in params.items()}
     rows = axes.spec(("rows", "sequence"), x_BxTxD.shape, sizes)

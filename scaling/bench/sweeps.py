@@ -93,7 +93,11 @@ def describe(found: dict[str, Any]) -> str:
     """The table for people."""
     low, high = found["N_params"]
     what = f"{found['trials']} trials of {found['shapes']} shapes, N {low:,} to {high:,}, {found['C_flops']:.3g} FLOPs"
-    of_peak = f"{100 * found['mfu']:.1f} % of {found['peak_flops'] / 1e12:,.3g} TFLOP/s" if found["mfu"] else ""
+    used = f"the whole sweep: {found['tokens_per_second']:,.0f} tokens a second"
+    if found["mfu"]:
+        used += (
+            f", 6 N D at {100 * found['mfu']:.1f} % of {found['peak_flops'] / 1e12:,.3g} TFLOP/s ({found['peak_of']})"
+        )
     return "\n".join(
         [
             f"{found['hardware']}: {what}",
@@ -102,8 +106,7 @@ def describe(found: dict[str, Any]) -> str:
             f"one sweep               {found['sweep_seconds']:9,.1f}  {found['sweep_per_hour']:14,.0f}",
             f"a process each, a trial {found['alone_seconds']:9,.1f}  {found['alone_per_hour']:14,.0f}   mean of {found['alone']}",
             "",
-            f"the whole sweep: {found['tokens_per_second']:,.0f} tokens a second"
-            + (f", 6 N D at {of_peak} ({found['peak_of']})" if of_peak else ""),
+            used,
             f"x {found['ratio']:.2f}; the sweep's training loops took {found['training_seconds']:,.1f} s, added up over trials;"
             f" losses differ by {100 * found['loss_difference']:.2g} % at most",
         ]

@@ -107,10 +107,8 @@ def test_no_trial_that_shares_a_gpu_asks_for_cudnn(family, heads, context, besid
 
 
 def test_an_encoder_of_media_may_be_what_needs_the_whole_gpu():
-    model, data = (
-        Model(d_model=128, num_heads=2, media=Media("image", d_model=64)),
-        Data(source="media", files=("digits.jsonl",)),
-    )
+    model = Model(d_model=128, num_heads=2, media=Media("image", d_model=64))
+    data = Data(source="media", files=("digits.jsonl",))
     assert launch.fits_beside(SimpleNamespace(config=Config(model, data)))
     large = replace(model, media=replace(model.media, d_model=576))
     assert not launch.fits_beside(SimpleNamespace(config=Config(large, data)))

@@ -153,11 +153,7 @@ def test_nothing_is_summed_over_an_axis_of_one_device():
         (("embed", "mlp"), (64, 96), ("fsdp", "tensor")),
         (("mlp", "embed"), (96, 64), (("tensor", "fsdp"), None)),
         (("layers", "expert", "mlp", "embed"), (2, 4, 96, 64), (None, "expert", ("tensor", "fsdp"), None)),
-        (
-            ("heads", "head", "embed"),
-            (6, 16, 64),
-            ("tensor", None, "fsdp"),
-        ),  # six heads do not divide among eight devices
+        (("heads", "head", "embed"), (6, 16, 64), ("tensor", None, "fsdp")),
         (("heads", "head", "embed"), (5, 16, 63), (None, None, None)),
         (("vocab", "embed"), (50_257, 64), (None, "fsdp")),
         (("rows", "sequence", "mlp"), (16, 32, 96), (("data", "fsdp", "expert"), None, "tensor")),
