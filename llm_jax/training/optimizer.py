@@ -50,7 +50,7 @@ def adamw(cfg: Train) -> optax.GradientTransformation:
     optimizer = optax.chain(
         optax.clip_by_global_norm(cfg.clip_norm),
         optax.scale_by_adam(b1=cfg.beta1, b2=cfg.beta2, eps=cfg.epsilon),
-        optax.add_decayed_weights(cfg.weight_decay, mask=_is_matrix),
+        optax.add_decayed_weights(cfg.weight_decay, mask=matrices),
         optax.scale(-1.0),
     )
     return optax.masked(optimizer, lambda params: trained(params, cfg.freeze)) if cfg.freeze else optimizer
@@ -63,6 +63,7 @@ def trained(params: Any, freeze: tuple[str, ...]) -> Any:
     )
 
 
-def _is_matrix(params: Any) -> Any:
+def matrices(params: Any) -> Any:
+    """A tree like `params`: False for scales and biases."""
     # By name: scales of norms and biases are stacked over layers and so have two dimensions as well.
     return jax.tree_util.tree_map_with_path(lambda path, _: not path[-1].key.endswith(("scale", "bias")), params)

@@ -8,9 +8,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
-from llm_jax import kernels
+from llm_jax import axes, kernels
 from llm_jax.config import Config, Model, Train
 from llm_jax.data import pipeline
 from llm_jax.data.prepare import Prepared
@@ -21,6 +21,7 @@ from llm_jax.training import pretrain
 from llm_jax.training.optimizer import adamw
 from llm_jax.training.step import (
     REPLICAS,
+    Replicas,
     TrainState,
     init_state,
     make_joined_call,
@@ -35,7 +36,7 @@ def compiled_call(model: Model, train: Train, prefix: int, mesh: Mesh | None = N
     """(call, init_opt) of step.make_train_call on a mesh, or on the one device of its arguments: one compilation for all trials of a
     shape, as the settings that do not change the program are reset before they reach here."""
     optimizer, pmapped = adamw(train), train.compile == "pmap"
-    step = _step(model, train, prefix, REPLICAS if pmapped else None)
+    step = _step(model, train, prefix, mesh)
     options = _options(model, mesh)
     if mesh is None:
         return make_train_call(step, train.steps_per_call, **options), jax.jit(optimizer.init)
@@ -44,7 +45,7 @@ def compiled_call(model: Model, train: Train, prefix: int, mesh: Mesh | None = N
     if pmapped:
         return make_replica_call(step, train.steps_per_call, list(mesh.devices.flat)), init_opt
     options |= {"in_shardings": shardings, "out_shardings": (shardings[0], shardings[-1])}
-    return make_train_call(meshes.traced(mesh, step), train.steps_per_call, **options), init_opt
+    return make_train_call(step, train.steps_per_call, **options), init_opt
 
 
 @functools.lru_cache
@@ -54,16 +55,48 @@ def joined_call(model: Model, train: Train, prefix: int, mesh: Mesh, trials: int
     options = _options(model, mesh)
     options |= {"in_shardings": (trials * (state,), trials * (batches,), trials * (rates,), whole)}
     options |= {"out_shardings": trials * ((state, whole),)}
-    return make_joined_call(meshes.traced(mesh, _step(model, train, prefix)), train.steps_per_call, **options)
+    return make_joined_call(_step(model, train, prefix, mesh), train.steps_per_call, **options)
 
 
-def _step(model: Model, train: Train, prefix: int, replicas: str | None = None):
+def _step(model: Model, train: Train, prefix: int, mesh: Mesh | None):
+    """The step as it is traced for this mesh."""
     loss_fn, adjust = pretrain.loss_fn(model, train, prefix), pretrain.adjust_fn(model, train.freeze)
-    return make_train_step(loss_fn, adamw(train), train.grad_accumulation, adjust, replicas)
+    # Products give gradients in the model's dtype, of one microbatch. Of looked-up rows each device's sum is rounded to it.
+    dtype = model.dtype if train.grad_accumulation == 1 else "float32"
+    if train.compile == "pmap":
+        replicas: Replicas | None = REPLICAS._replace(dtype=dtype)
+    else:
+        replicas = Replicas("data", dtype, _swap(mesh)) if _replicated(model, mesh) else None
+    step = make_train_step(loss_fn, adamw(train), train.grad_accumulation, adjust, replicas)
+    if train.compile == "pmap":
+        return step
+
+    def on_rows(*args):
+        whole = PartitionSpec()
+        return axes.local(step, (whole, PartitionSpec("data"), whole), whole)(*args)
+
+    return meshes.traced(mesh, on_rows if replicas else step)
+
+
+def _replicated(model: Model, mesh: Mesh | None) -> bool:
+    """Whether each device has a whole replica that meets the others in sums alone; experts are balanced over all rows, and dropout draws
+    for all of them at once."""
+    copies = mesh is not None and mesh.size > 1 and mesh.axis_names == ("data",)
+    return copies and not model.experts.number and not model.dropout
+
+
+def _swap(mesh: Mesh | None) -> bool:
+    """Whether replicas are two GPUs of one process, which reach each other's memory."""
+    devices = [] if mesh is None else list(mesh.devices.flat)
+    return len(devices) == 2 and devices[0].platform == "gpu" and len({one.process_index for one in devices}) == 1
 
 
 def _options(model: Model, mesh: Mesh | None) -> dict[str, Any]:
-    return {"compiler_options": meshes.traced(mesh, kernels.compiler_options)(model.d_model)}
+    options = dict(meshes.traced(mesh, kernels.compiler_options)(model.d_model))
+    if mesh is not None and mesh.devices.flat[0].platform == "gpu" and _replicated(model, mesh):
+        options["xla_gpu_all_reduce_combine_threshold_bytes"] = "1048576"  # small ones; large ones would be copied
+        options |= {"xla_gpu_collective_permute_mode": "COLLECTIVES_PEER_MEMORY"} if _swap(mesh) else {}
+    return {"compiler_options": options or None}
 
 
 def _shardings(model: Model, train: Train, mesh: Mesh) -> tuple[Any, ...]:

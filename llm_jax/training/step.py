@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 from llm_jax import axes
+from llm_jax.training.optimizer import matrices
 
 Batch = Any
 """A pytree of arrays whose leading axis is rows."""
@@ -32,6 +33,33 @@ class TrainState(NamedTuple):
     """Never advances: each step folds its number in, so that a restart draws the same numbers."""
 
 
+class Replicas(NamedTuple):
+    """Whole copies of the state, along an axis of shard_map or pmap, that train on rows of their own."""
+
+    axis: str
+    dtype: str = "float32"
+    """In which gradients of matrices travel."""
+    swap: bool = False
+    """Of two: each sends its gradients to the other, and both add. As many bytes as a sum of both by NCCL, but by GPUs' copy engines."""
+
+    def sum(self, grads: Any) -> Any:
+        """Gradients of all replicas added up.
+
+        Here, of all layers at once and after the backward pass: XLA for GPUs sums the gradient of each layer for itself, which it copies
+        into buffers of 30 MB for that and out again, and products that run beside NCCL's kernels lose what they were to gain.
+        """
+
+        def total(grad, matrix):
+            if not matrix:
+                return jax.lax.psum(grad, self.axis)
+            sent = grad.astype(self.dtype)
+            if not self.swap:
+                return jax.lax.psum(sent, self.axis).astype(grad.dtype)
+            return sent.astype(grad.dtype) + jax.lax.ppermute(sent, self.axis, [(0, 1), (1, 0)]).astype(grad.dtype)
+
+        return jax.tree.map(total, grads, matrices(grads))
+
+
 def init_state(params: Any, init_opt: Callable[[Any], Any], seed: int) -> TrainState:
     """The state before the first step; the seed is of dropout."""
     return TrainState(jnp.int32(0), params, init_opt(params), jax.random.key_data(jax.random.key(seed)))
@@ -42,13 +70,12 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     grad_accumulation: int = 1,
     adjust: AdjustFn | None = None,
-    replicas: str | None = None,
+    replicas: Replicas | None = None,
 ):
-    """Returns step(state, batch, learning_rate) -> (state, metrics); pure, for jit or pmap.
+    """Returns step(state, batch, learning_rate) -> (state, metrics); pure, for jit, shard_map or pmap.
 
     Rows of the batch are split into `grad_accumulation` microbatches whose sums are added before the one division, so that
-    rows of unequal weight count the same as in one large batch. Likewise the sums of `replicas`, an axis of pmap, whose draws of
-    dropout are their own.
+    rows of unequal weight count the same as in one large batch. Likewise the sums of `replicas`, whose draws of dropout are their own.
     """
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
 
@@ -74,10 +101,10 @@ def make_train_step(
     def step(state: TrainState, batch: Batch, learning_rate: jax.Array):
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         if replicas:
-            key = jax.random.fold_in(key, jax.lax.axis_index(replicas))
+            key = jax.random.fold_in(key, jax.lax.axis_index(replicas.axis))
         grads, sums = grads_of(state.params, batch, key)
         if replicas:
-            grads, sums = jax.lax.psum((grads, sums), replicas)
+            grads, sums = replicas.sum(grads), jax.lax.psum(sums, replicas.axis)
         weight = sums.pop("weight")
         grads = jax.tree.map(lambda g: g / weight, grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -113,15 +140,15 @@ def make_joined_call(step, steps_per_call: int, **compilation: Any):
     return jax.jit(call, donate_argnums=0, **compilation)
 
 
-REPLICAS = "replicas"
-"""The axis of make_replica_call."""
+REPLICAS = Replicas("replicas")
+"""Those of make_replica_call."""
 
 
 def make_replica_call(step, steps_per_call: int, devices: Sequence[Any]):
     """make_train_call through jax.pmap: each array of the state has an axis of devices before it, and each device reads its share of the
     rows of `batches`."""
     call = jax.pmap(
-        _steps(step, steps_per_call), REPLICAS, in_axes=(0, 1, None, None), devices=devices, donate_argnums=0
+        _steps(step, steps_per_call), REPLICAS.axis, in_axes=(0, 1, None, None), devices=devices, donate_argnums=0
     )
 
     def cut(x):

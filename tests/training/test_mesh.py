@@ -4,6 +4,7 @@ A reduction over the wrong axis trains on, only worse: so meshes are held to one
 """
 
 import functools
+import re
 from dataclasses import replace
 
 import jax
@@ -20,6 +21,7 @@ from llm_jax.settings import BadInput, fingerprint, override
 from llm_jax.training import loop, losses, programs
 from llm_jax.training import mesh as meshes
 from llm_jax.training.metrics import read_metrics
+from llm_jax.training.optimizer import matrices
 from llm_jax.training.step import init_state, one_replica, replicate
 
 pytestmark = [
@@ -98,6 +100,18 @@ def test_replicas_through_pmap_train_as_one_device_does():
     assert_agrees(config(compile="pmap", grad_accumulation=2))
 
 
+def test_two_replicas_that_swap_gradients_train_as_those_that_sum_them(monkeypatch):
+    """What two GPUs do, here on two CPU devices, to the bit: of two summands the order is nothing."""
+    cfg = config(mesh=Mesh(data=2))
+    summed = trained(cfg)
+    monkeypatch.setattr(programs, "_swap", lambda mesh: True)
+    programs.compiled_call.cache_clear()
+    text = programs.lower(cfg, meshes.make(cfg)).as_text()
+    assert text.count('"stablehlo.collective_permute"') == 7  # the matrices
+    jax.tree.map(np.testing.assert_array_equal, trained(cfg), summed)
+    programs.compiled_call.cache_clear()
+
+
 def test_every_device_has_its_part_of_the_state_alone():
     """Else fsdp saves nothing: bytes a device of parameters and of both moments of Adam, from the moment they are made."""
     cfg = config(MIXED, Mesh(data=1, fsdp=2, expert=2, tensor=2))
@@ -138,13 +152,36 @@ def test_a_program_for_devices_that_are_not_there():
 def test_nothing_is_summed_over_an_axis_of_one_device():
     """What is computed on each device's part has its derivatives summed over the axes that do not spread them: with axes of one in the
     mesh, the program copied all queries, keys and values of each layer."""
-    cfg = config(mesh=Mesh(data=8))
+    cfg = config(mesh=Mesh(data=1, fsdp=8))
     mesh = meshes.make(cfg)
-    assert mesh.axis_names == ("data",)
+    assert mesh.axis_names == ("fsdp",)
     assert meshes.make(config(), jax.devices()[:1]).axis_names == ("data",)
     lowered = programs.lower(cfg, mesh).as_text()
     assert "manual_computation" in lowered
     assert "all_reduce" not in lowered  # those of the gradients are added when it is compiled
+
+
+@pytest.mark.parametrize(("accumulation", "dtype"), [(1, "bf16"), (2, "f32")])
+def test_replicas_exchange_each_gradient_once_a_step(accumulation, dtype):
+    """In the dtype of its product, the tied embedding's two gradients as one; not for each layer, nor for each microbatch."""
+    cfg = config(replace(DENSE, dtype="bfloat16"), Mesh(data=8), grad_accumulation=accumulation)
+    text = programs.lower(cfg, meshes.make(cfg)).as_text()
+    sums = re.findall(r'"stablehlo\.all_reduce".*?\) : \(tensor<((?:\d+x)*)(\w+)>\)', text, re.DOTALL)
+    params = programs.abstract_state(cfg.model, programs.program(cfg.train)).params
+    wanted = [(leaf.shape, dtype if matrix else "f32") for leaf, matrix in leaves_of_both(params, matrices(params))]
+    found = [(tuple(map(int, shape.split("x")[:-1])), kind) for shape, kind in sums]
+    assert sorted(found) == sorted([*wanted, ((), "f32"), ((), "f32")])  # and the sums of losses and weights
+
+
+def leaves_of_both(*trees):
+    return zip(*map(jax.tree.leaves, trees), strict=True)
+
+
+def test_rounded_gradients_of_replicas_are_those_of_one_device():
+    """In bfloat16, of steps without momentum: what the exchange rounds is less than what the products do."""
+    for accumulation in (1, 2):
+        cfg = config(replace(DENSE, dtype="bfloat16"), Mesh(data=8), grad_accumulation=accumulation)
+        assert_agrees(cfg, 2e-2)
 
 
 @pytest.mark.parametrize(
