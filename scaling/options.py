@@ -258,6 +258,8 @@ class BenchTrainOptions:
     """Rung of the experiment's ladder; default: the base config, which no trial need have."""
     lanes: int = 1
     """Trials of this shape side by side, their calls joined: a sweep on a GPU has two for models up to a width of 512."""
+    alone: bool = False
+    """Beside a mesh: also each of its devices for itself, on the rows that it has of the mesh's; says how many times as fast all are."""
     peer: UseAppendAction[tuple[str, ...]] = ()
     """nanodo=CHECKOUT or nanogpt=CHECKOUT: also time that package's step on the same work, turn about; again for another."""
     json: Json = False

@@ -31,7 +31,42 @@ def noticed() -> Iterator[Callable[[], bool]]:
 
     Where several processes train together (jax.distributed), all of them ask equally often, and are told at the same time,
     whichever of them got the signal. What the signals did before is put back in the end.
+
+    told() raises KeyboardInterrupt where Ctrl-C has come and its own was lost: Python prints and forgets what is raised in a finalizer or
+    in the callback of a weak reference, of which JAX runs many while it traces.
     """
+    with _interrupted() as interrupted, _told() as told:
+
+        def ask() -> bool:
+            if interrupted.is_set():
+                raise KeyboardInterrupt
+            return told()
+
+        yield ask
+
+
+@contextlib.contextmanager
+def _interrupted() -> Iterator[threading.Event]:
+    """Whether SIGINT has come, which still raises KeyboardInterrupt where it comes; where nobody else handles it."""
+    came = threading.Event()
+    default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not default or threading.current_thread() is not threading.main_thread():
+        yield came
+        return
+
+    def interrupt(number, frame):
+        came.set()
+        signal.default_int_handler(number, frame)
+
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield came
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[Callable[[], bool]]:
     import jax
     from jax.experimental import multihost_utils
 

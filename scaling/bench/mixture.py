@@ -58,15 +58,16 @@ def bench_moe(cfg: Config) -> dict[str, Any]:
         raise BadInput("bench moe times a mixture; give model.experts.number, for instance 8")
     configs = {"mixture": cfg, "dense": replace(cfg, model=dense_twin(cfg.model))}
     started = {name: training.start(one) for name, one in configs.items()}
+    turns = {name: training.waited(dispatch) for name, (_, dispatch) in started.items()}
     for _ in range(training.WARM_UP):
-        for _, round_ in started.values():
+        for round_ in turns.values():
             round_()
-    rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in started}
+    rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in turns}
     for _ in range(training.ROUNDS):
-        for name, (_, round_) in started.items():
+        for name, round_ in turns.items():
             rounds[name].append(training.timed(round_))
     found = {name: training.record(configs[name], facts, rounds[name]) for name, (facts, _) in started.items()}
-    load_LxE = np.asarray(started["mixture"][1]()[1]["expert_load"][-1])
+    load_LxE = np.asarray(turns["mixture"]()[1]["expert_load"][-1])
     cpu = {name: one["cpu_seconds_per_step"] for name, one in found.items()}
     return found | {
         "device": found["dense"]["device"],

@@ -30,26 +30,61 @@ ROUNDS, WARM_UP = 10, 2
 MATRIX = 1024
 """Side of NumPy's matrices."""
 
+Dispatch = Callable[[], dict[str, Any]]
+"""dispatch() -> the metrics of one more call, which need not have ended."""
 Round = Callable[[], tuple[float, dict[str, Any]]]
-"""round_() -> (seconds a step of one call, the metrics of its steps, on the device). It returns when the device is done."""
+"""round_() -> (seconds a step of one call, the metrics of its steps, on the device)."""
 
 
-def bench_train(cfg: Config, lanes: int = 1) -> dict[str, Any]:
+def bench_train(cfg: Config, lanes: int = 1, alone: bool = False) -> dict[str, Any]:
     """`llm-jax bench train`: the training step of a resolved config, as it would run in a trial of train.steps_per_call: on one device, or
     on the mesh that the config asks for; or in so many `lanes` that train trials of this shape side by side, in step with each other.
 
-    What is in it: see `record`. BadInput for a model that has no step, or one that random tokens are not enough for.
+    What is in it: see `record`; with `alone` first each device of the mesh for itself, on as many rows as it has of the mesh's, under
+    "alone". BadInput for a model that has no step, or one that random tokens are not enough for.
     """
     check(cfg)
     if lanes < 1:
         raise BadInput(f"--lanes must be positive, got {lanes}")
     if lanes > 1 and asks_for_several(cfg):
         raise BadInput("lanes share one device: leave mesh and train.compile at their defaults, or --lanes at 1")
-    facts, round_ = start(cfg, lanes)
+    if not alone:
+        return _taken(cfg, lanes)
+    if not asks_for_several(cfg):
+        raise BadInput("--alone is beside several devices; ask for them, for instance by --mesh.data -1")
+    from llm_jax.training import mesh as meshes
+
+    mesh = meshes.make(cfg)
+    rows = cfg.rows_per_step // math.prod(mesh.shape[axis] for axis in meshes.rows_of(mesh))
+    train = replace(cfg.train, compile="jit", tokens_per_step=rows * cfg.data.context)
+    one = replace(cfg, train=train, mesh=Mesh(data=1))
+    found = {f"{device.platform}:{device.id}": _taken(one, devices=[device]) for device in mesh.devices.flat}
+    every = _taken(cfg)
+    return every | {
+        "alone": [
+            {
+                "device": name,
+                "rows": rows,
+                "seconds_per_step": each["seconds_per_step"],
+                "tokens_per_second": each["tokens_per_second"],
+                "speedup": every["tokens_per_second"] / each["tokens_per_second"],
+            }
+            for name, each in found.items()
+        ]
+    }
+
+
+def _taken(cfg: Config, lanes: int = 1, devices: Sequence[Any] | None = None) -> dict[str, Any]:
+    """The record of a config after warm-up and rounds; what it held on devices is gone then."""
+    import jax
+
+    facts, dispatch = start(cfg, lanes, devices)
+    cpu = jax.default_backend() == "cpu"  # whose next call would run beside NumPy's product
+    round_ = waited(dispatch) if cpu else queued(dispatch)
     for _ in range(WARM_UP):
         round_()
     rounds = [timed(round_) for _ in range(ROUNDS)]
-    return record(cfg, facts, rounds, lanes)
+    return record(cfg, facts | {"queued": not cpu}, rounds, lanes)
 
 
 def check(cfg: Config) -> None:
@@ -65,34 +100,60 @@ def asks_for_several(cfg: Config) -> bool:
     return cfg.train.compile != "jit" or cfg.mesh != Mesh()
 
 
-def start(cfg: Config, lanes: int = 1) -> tuple[dict[str, Any], Round]:
-    """What is known of a compiled training call before it is timed, and the call as a round."""
+def start(cfg: Config, lanes: int = 1, devices: Sequence[Any] | None = None) -> tuple[dict[str, Any], Dispatch]:
+    """What is known of a compiled training call before it is timed, and the call; on `devices` in place of those that the config asks
+    for."""
     import jax
 
-    devices, call, state, batches, rates, compile_seconds, size = _compiled(cfg, lanes)
+    count, call, state, batches, rates, compile_seconds, size = _compiled(cfg, lanes, devices)
     steps = np.int32(cfg.train.steps_per_call)
 
-    def round_() -> tuple[float, dict[str, Any]]:
+    def dispatch() -> dict[str, Any]:
         nonlocal state
-        began = time.perf_counter()
         ended = call(state, batches, rates, steps)
         if lanes > 1:
             state, metrics = tuple(one for one, _ in ended), ended[0][1]
         else:
             state, metrics = ended
-        np.asarray(metrics["nll"])  # waits for the whole call
-        return (time.perf_counter() - began) / int(steps), metrics
+        return metrics
 
     facts = {
         "device": device_name(),
-        "devices": devices,
+        "devices": count,
         "platform": jax.default_backend(),
         "framework": f"jax {jax.__version__}",
         "n_params": parts.num_params(cfg.model),
         "memory_bytes": size,
         "compile_seconds": compile_seconds,
     }
-    return facts, round_
+    return facts, dispatch
+
+
+def waited(dispatch: Dispatch) -> Round:
+    """Rounds of a call each, from its dispatch to its end."""
+
+    def round_() -> tuple[float, dict[str, Any]]:
+        began = time.perf_counter()
+        metrics = dispatch()
+        steps = len(np.asarray(metrics["nll"]))  # waits for the whole call
+        return (time.perf_counter() - began) / steps, metrics
+
+    return round_
+
+
+def queued(dispatch: Dispatch) -> Round:
+    """Rounds from the end of a call to that of the next, which was dispatched before: devices do not wait for the host, as in the training
+    loop. The first round has both."""
+    flying, ended = dispatch(), time.perf_counter()
+
+    def round_() -> tuple[float, dict[str, Any]]:
+        nonlocal flying, ended
+        metrics, flying = flying, dispatch()
+        steps = len(np.asarray(metrics["nll"]))
+        began, ended = ended, time.perf_counter()
+        return (ended - began) / steps, metrics
+
+    return round_
 
 
 def timed(round_: Round) -> dict[str, Any]:
@@ -120,7 +181,7 @@ def record(cfg: Config, facts: dict[str, Any], rounds: Sequence[dict[str, Any]],
 
     seconds_per_step, of all lanes; tokens_per_second, all lanes together; mfu by flops_convention, over peak_flops (FLOP/s) that are those
     of peak_of, of all devices; memory_bytes, what the compiled program needs of a device by its own analysis, None with pmap;
-    allocated_bytes, the most that the allocator held, None on a CPU; compile_seconds.
+    allocated_bytes, the most that the allocator held, None on a CPU; compile_seconds; queued, whether rounds are those of `queued`.
     On a CPU also cpu_seconds_per_step of the round that took least, and cpu_mfu, FLOPs a second of CPU time over those of NumPy's product,
     each at its best round: what others on the machine take from either does not count. None on a GPU.
     """
@@ -144,6 +205,7 @@ def record(cfg: Config, facts: dict[str, Any], rounds: Sequence[dict[str, Any]],
         "context": cfg.data.context,
         "steps_per_call": cfg.train.steps_per_call,
         "rounds": len(rounds),
+        "queued": facts.get("queued", False),
         "seconds_per_step": step,
         "fastest": min(one["seconds"] for one in rounds),
         "slowest": max(one["seconds"] for one in rounds),
@@ -176,7 +238,7 @@ def model_flops(cfg: Config) -> int:
     return 6 * parts.num_params_active(cfg.model, context, prefix) + attention
 
 
-def _compiled(cfg: Config, lanes: int = 1):
+def _compiled(cfg: Config, lanes: int, devices: Sequence[Any] | None):
     """The number of devices, the compiled call with its arguments, of each lane where there are several, seconds to compile it, and the
     bytes that it needs."""
     import jax
@@ -186,7 +248,7 @@ def _compiled(cfg: Config, lanes: int = 1):
     from llm_jax.training import programs
     from llm_jax.training.step import replicate
 
-    mesh = meshes.make(cfg, None if asks_for_several(cfg) else jax.devices()[:1])
+    mesh = meshes.make(cfg, devices or (None if asks_for_several(cfg) else jax.devices()[:1]))
     key = (cfg.model, programs.program(cfg.train), cfg.data.prefix, mesh)
     call, init_opt = programs.compiled_call(*key)
     pmapped = cfg.train.compile == "pmap"
@@ -259,11 +321,19 @@ def describe(found: dict[str, Any]) -> str:
         + (f", {found['lanes']} trials at a time" if found["lanes"] > 1 else ""),
         "",
         f"tokens a second  {found['tokens_per_second']:,.0f}",
-        f"step             {1e3 * found['seconds_per_step']:.3f} ms, median of {found['rounds']} calls of {found['steps_per_call']} steps"
+        f"step             {1e3 * found['seconds_per_step']:.3f} ms, median of {found['rounds']} calls of {found['steps_per_call']} steps,"
+        f" each {'queued behind the one before' if found['queued'] else 'waited for'}"
         f" ({1e3 * found['fastest']:.3f} to {1e3 * found['slowest']:.3f})",
         f"utilisation      {100 * found['mfu']:.1f} % of {found['peak_flops'] / 1e12:,.3g} TFLOP/s ({found['peak_of']});"
         f" {found['flops_per_token']:,} FLOPs a token: {found['flops_convention']}",
         f"memory           {'; '.join(said)}{', of each device' if several else ''}",
         f"compilation      {found['compile_seconds']:.1f} s",
     ]
+    if alone := found.get("alone"):
+        least, most = (chosen(alone, key=lambda one: one["tokens_per_second"]) for chosen in (min, max))
+        lines.insert(
+            3,
+            f"                 x {least['speedup']:.3f} of {least['device']} alone, the slowest ({least['tokens_per_second']:,.0f},"
+            f" {least['rows']} rows), x {most['speedup']:.3f} of {most['device']}, the fastest ({most['tokens_per_second']:,.0f})",
+        )
     return "\n".join(lines)

@@ -41,9 +41,9 @@ def bench_train(options: BenchTrainOptions) -> None:
     base, _ = chosen_experiment(options)
     point = {"depth": options.depth} if options.depth is not None else {}
     config = experiments.trial(base.config, base.ladder, point).config
-    if checkouts and options.lanes != 1:
-        raise BadInput("--peer times one trial: leave --lanes at 1")
-    found = peers.bench(config, checkouts) if checkouts else training.bench_train(config, options.lanes)
+    if checkouts and (options.lanes != 1 or options.alone):
+        raise BadInput("--peer times one trial on one device: leave out --lanes and --alone")
+    found = peers.bench(config, checkouts) if checkouts else training.bench_train(config, options.lanes, options.alone)
     describe = peers.describe if checkouts else training.describe
     print(jsonlib.dumps(tables.finite(found)) if options.json else describe(found))
 

@@ -29,12 +29,30 @@ def cfg(tiny) -> Config:
 
 def test_signals_come_back_to_what_they_did():
     """Outside of training SIGTERM ends the process as ever: nothing is lost there, and nobody would ask."""
-    before = [signal.getsignal(number) for number in preemption.SIGNALS]
+    signals = (*preemption.SIGNALS, signal.SIGINT)
+    before = [signal.getsignal(number) for number in signals]
     with preemption.noticed() as told:
         assert not told()
         signal.raise_signal(signal.SIGTERM)
         assert told()
-    assert [signal.getsignal(number) for number in preemption.SIGNALS] == before
+    assert [signal.getsignal(number) for number in signals] == before
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_ctrl_c_in_a_finalizer_is_not_lost():
+    """Python forgets what is raised there: of two processes one trained on for hours, and the user pressed again."""
+
+    class Finalized:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+
+    with preemption.noticed() as told:
+        it = Finalized()
+        del it
+        with pytest.raises(KeyboardInterrupt):
+            told()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)  # elsewhere it is raised where it comes
 
 
 def test_sigterm_saves_at_the_call_under_way(cfg, tmp_path):

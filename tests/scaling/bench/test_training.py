@@ -2,8 +2,10 @@
 
 import json
 import math
+import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from llm_jax import parts
@@ -61,6 +63,50 @@ def test_a_mesh_trains_the_same_rows(several, mixed_dtypes, monkeypatch):
     assert f"2 x {spread['device']}" in training.describe(spread)
 
 
+def test_a_mesh_beside_its_devices_alone(mixed_dtypes, monkeypatch):
+    """Each on as many rows as it has of the mesh's; the ratio is of tokens a second, whatever the axes spread."""
+    monkeypatch.setattr(training, "ROUNDS", 1)
+    cfg = override(trial(SMALL, Ladder(), {}).config, {"mesh.data": 1, "mesh.fsdp": 2, "mesh.tensor": 2})
+    found = training.bench_train(cfg, alone=True)
+    assert [one["device"] for one in found["alone"]] == [f"cpu:{i}" for i in range(4)]
+    for one in found["alone"]:
+        assert one["rows"] * 2 == found["rows"]
+        assert one["tokens_per_second"] == pytest.approx(one["rows"] * 8 / one["seconds_per_step"])
+        assert one["speedup"] == pytest.approx(found["tokens_per_second"] / one["tokens_per_second"])
+    slowest = min(one["tokens_per_second"] for one in found["alone"])
+    assert f"x {found['tokens_per_second'] / slowest:.3f} of" in training.describe(found)
+
+
+def test_queued_rounds_are_from_end_to_end():
+    """A call that a device runs while the host does other things counts from the end of the one before, and no wait of the host's does."""
+
+    class Metrics(dict):
+        """Of two steps that end at a given time."""
+
+        def __init__(self, ends):
+            super().__init__(nll=self)
+            self.ends = ends
+
+        def __array__(self, *_, **__):
+            time.sleep(max(0.0, self.ends - time.perf_counter()))
+            return np.zeros(2)
+
+    free = time.perf_counter()
+
+    def dispatch():
+        nonlocal free
+        free = max(free, time.perf_counter()) + 0.1
+        return Metrics(free)
+
+    for rounds, wanted in ((training.queued(dispatch), 0.05), (training.waited(dispatch), 0.05)):
+        rounds()
+        assert rounds()[0] == pytest.approx(wanted, abs=0.01)
+    round_ = training.queued(dispatch)
+    round_()
+    time.sleep(0.05)  # hidden by the call that runs
+    assert round_()[0] == pytest.approx(0.05, abs=0.01)
+
+
 @pytest.mark.parametrize(
     ("kind", "peak"), [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H200", 989e12)]
 )
@@ -79,11 +125,15 @@ def test_what_has_no_step_is_refused(capsys):
         training.bench_train(replace(SMALL, model=Model(family="ngram")))
     with pytest.raises(BadInput, match="lanes share one device"):
         training.bench_train(replace(SMALL, mesh=Mesh(data=2)), lanes=2)
+    with pytest.raises(BadInput, match="--alone is beside several devices"):
+        training.bench_train(SMALL, alone=True)
     assert cli.main(["bench", "trian"]) == 2
     assert 'did you mean "bench train"' in capsys.readouterr().err
 
 
 def test_json_is_one_object(capsys, monkeypatch):
-    monkeypatch.setattr(training, "bench_train", lambda cfg, lanes: {"d_model": cfg.model.d_model, "mfu": float("nan")})
+    monkeypatch.setattr(
+        training, "bench_train", lambda cfg, lanes, alone: {"d_model": cfg.model.d_model, "mfu": float("nan")}
+    )
     assert cli.main(["bench", "train", "--model.d_model", "32", "--model.num_heads", "2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"d_model": 32, "mfu": None}
