@@ -20,7 +20,7 @@ from flax import linen as nn
 
 from llm_jax.config import Model
 from llm_jax.models.attention import attend
-from llm_jax.models.layers import Norm, lookup, normal, normal_out, project
+from llm_jax.models.layers import Norm, embed, lookup, normal, normal_out, project
 from llm_jax.models.transformer import MLP, Attention, Block, keep_for_maps, positions, rotation, sinusoids
 
 Params = Any
@@ -119,7 +119,7 @@ class EncoderDecoder(nn.Module):
         dropout = nn.Dropout(cfg.dropout, deterministic=not self.train)
 
         def embedded(tokens_BxT, position_BxT):
-            x_BxTxD = lookup(embed_VxD, tokens_BxT, dtype) * dtype.type(cfg.d_model**0.5)
+            x_BxTxD = embed(embed_VxD, tokens_BxT, dtype) * dtype.type(cfg.d_model**0.5)
             if table is not None:
                 x_BxTxD += lookup(table, position_BxT, dtype) * dtype.type(cfg.d_model**0.5)
             elif cfg.positions == "sinusoidal":

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.sharding import PartitionSpec
 
 from llm_jax import axes, kernels
 from llm_jax.kernels import norm
@@ -45,6 +46,30 @@ def lookup(table_VxD: jax.Array, index: jax.Array, dtype: Any) -> jax.Array:
     """Rows of an embedding, in `dtype`. Cast behind the look-up: the gradient of a row adds up over all its places in a batch, and a sum in
     bfloat16 loses what is less than a 512th of it."""
     return table_VxD[index].astype(dtype)
+
+
+def embed(table_VxD: jax.Array, tokens_BxT: jax.Array, dtype: Any) -> jax.Array:
+    """`lookup` of tokens in an embedding that lies where llm_jax/axes.py says.
+
+    Over fsdp it is gathered in `dtype`, and its gradient, after each device's sum, is scattered so: XLA would move both in float32.
+    """
+    if axes.size("fsdp") == 1:
+        return lookup(axes.constrain(table_VxD, "vocab", None), tokens_BxT, dtype)
+    lies = axes.spec(("vocab", "embed"), table_VxD.shape)
+    spread = axes.spec(("rows", "sequence"), tokens_BxT.shape)
+    of_vocab = axes.spec(("vocab",), table_VxD.shape)
+
+    def local(table_VxD, tokens_BxT):
+        whole_VxD = axes.gathered(table_VxD.astype(dtype), lies, "fsdp").astype(table_VxD.dtype)
+        if not of_vocab[0]:
+            return lookup(whole_VxD, tokens_BxT, dtype)
+        vocab = whole_VxD.shape[0]
+        at_BxT = tokens_BxT - jax.lax.axis_index(of_vocab[0]) * vocab
+        here_BxTx1 = ((at_BxT >= 0) & (at_BxT < vocab))[..., None]
+        x_BxTxD = lookup(whole_VxD, jnp.clip(at_BxT, 0, vocab - 1), dtype)
+        return axes.total(jnp.where(here_BxTx1, x_BxTxD, dtype.type(0)), of_vocab)
+
+    return axes.local(local, (lies, spread), PartitionSpec(*spread, None))(table_VxD, tokens_BxT)
 
 
 def project(x: jax.Array, kernel: jax.Array, num_in: int = 1) -> jax.Array:

@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from llm_jax import axes
 from llm_jax.config import Model
 from llm_jax.models.attention import attend
-from llm_jax.models.layers import Norm, activate, lookup, normal, normal_out, project
+from llm_jax.models.layers import Norm, activate, embed, lookup, normal, normal_out, project
 from llm_jax.models.moe import Mixture
 
 Params = Any
@@ -199,8 +199,7 @@ class Transformer(nn.Module):
             visible_BxS = jnp.arange(cache.k_LxBxSxKxH.shape[2])[None, :] >= start_B[:, None]
         angles = rotation(positions_BxT, cfg) if cfg.positions == "rotary" else None
         # The tied matrix has variance 1/D for the logits; sqrt(D) lifts the input to 1 (Vaswani et al. 2017, 3.4).
-        table_VxD = axes.constrain(embed_VxD, "vocab", None)
-        x_BxTxD = lookup(table_VxD, tokens_BxT, dtype) * dtype.type(cfg.d_model**0.5)
+        x_BxTxD = embed(embed_VxD, tokens_BxT, dtype) * dtype.type(cfg.d_model**0.5)
         if place is not None:
             x_BxTxD = place(x_BxTxD)
         if cfg.positions == "learned":

@@ -209,6 +209,16 @@ def test_gradients_of_experts_are_summed_and_spread_in_one():
     assert programs.lower(cfg, meshes.make(cfg)).as_text().count("reduce_scatter") >= 3  # up, gate, down
 
 
+def test_an_embedding_travels_in_the_dtype_of_the_computation():
+    """Of 4 bytes an entry, it was a tenth of what a device of a slice received in a step; both ways, and not whole."""
+    cfg = config(replace(DENSE, dtype="bfloat16"), Mesh(data=1, fsdp=4, tensor=2))
+    text = programs.lower(cfg, meshes.make(cfg)).as_text()
+    gathered = re.findall(r"stablehlo.all_gather.*-> (tensor<\S+>)", text)
+    assert gathered == ["tensor<128x32xbf16>"]  # of 256 rows, half are of the other side of tensor
+    scattered = re.findall(r'"stablehlo.reduce_scatter".*?-> (tensor<\S+>)', text, re.DOTALL)
+    assert scattered == ["tensor<32x32xbf16>"]
+
+
 def test_the_mesh_is_no_part_of_a_trial():
     """Its results are those of any mesh, and a run goes on with other devices than it began with."""
     cfg = config()
