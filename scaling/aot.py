@@ -149,11 +149,7 @@ def has_kernel(cfg: Config, sizes: Mapping[str, int]) -> bool:
     from llm_jax.kernels import splash
 
     context = cfg.data.context
-    return (
-        cfg.model.family == "transformer"
-        and sizes["sequence"] == 1
-        and splash.fits(context, context, cfg.model.head_width)
-    )
+    return cfg.model.family == "transformer" and splash.fits(context, context, cfg.model.head_width, sizes["sequence"])
 
 
 def _params(cfg: Config) -> int:

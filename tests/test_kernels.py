@@ -1,9 +1,12 @@
 """Kernels against their plain forms, forwards and backwards; interpreted where there is no GPU."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from llm_jax import kernels
 from llm_jax.kernels import attention as documents
@@ -163,6 +166,30 @@ def test_the_kernel_of_a_tpu_attends_as_the_plain_form_does(monkeypatch, window,
         lambda q, k, v: attention.attend_plain(q, k, v, window=window, segment_BxT=segment_BxT, causal=causal)
     )
     for one, other in zip(found, wanted, strict=True):
+        assert relative(one, other) < 1e-6
+
+
+@pytest.mark.parametrize(("window", "packed"), [(None, True), (100, False)])
+def test_the_kernel_of_a_tpu_over_parts_of_the_queries(monkeypatch, window, packed):
+    """Each device of mesh.sequence has some queries and all keys: a mask that forgot where its queries begin would train on, worse."""
+    monkeypatch.setattr(splash, "BLOCKS", (128,))
+    monkeypatch.setattr(splash, "serves", splash.fits)
+    monkeypatch.setattr(splash, "make", functools.partial(splash.make, interpret=True))
+    plain = attention.attend_plain
+    monkeypatch.setattr(attention, "attend_plain", None)
+    q, k, v, grad = (normal(seed, (2, 512, heads, 64)) for seed, heads in enumerate((4, 2, 2, 4)))
+    segment_BxT = jnp.asarray(np.repeat([0, 1, 2, 3], [200, 1, 100, 211])[None].repeat(2, 0)) if packed else None
+    mask: dict = {"window": window, "segment_BxT": segment_BxT}
+
+    def gradients(attend):
+        y, back = jax.vjp(lambda *qkv: attend(*qkv, **mask), q, k, v)
+        return y, *back(grad)
+
+    mesh = jax.make_mesh((2, 2, 2), ("data", "sequence", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        spread = NamedSharding(mesh, PartitionSpec("data", "sequence", "tensor"))
+        found = jax.jit(lambda: gradients(attention.attend), out_shardings=spread)()
+    for one, other in zip(found, gradients(plain), strict=True):
         assert relative(one, other) < 1e-6
 
 

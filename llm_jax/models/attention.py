@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from llm_jax import axes, kernels
 from llm_jax.kernels import attention as documents
@@ -70,6 +70,14 @@ def attend(
     queries = axes.spec(("rows", None if continues else "sequence", heads), q_BxTxNxH.shape)
     keys = axes.spec(("rows", None, heads), k_BxSxKxH.shape)
     rows, whole = PartitionSpec(keys[0]), PartitionSpec()
+    T, N, H = q_BxTxNxH.shape[1:]
+    shards = axes.size("sequence") if queries[1] else 1
+    if shards > 1 and visible_BxS is None and splash.serves(T, k_BxSxKxH.shape[1], H, shards):
+        kernel = splash.make(T, N // (tensor if heads else 1), window, causal, shards)
+        of_kernel = kernel.manual_sharding_spec(NamedSharding(axes.mesh(), PartitionSpec(None, "sequence")))
+        own = PartitionSpec(*queries[:2])
+        spread = axes.local(splash.apply, (of_kernel, queries, keys, keys, own, rows), queries)
+        return spread(kernel, q_BxTxNxH, k_BxSxKxH, v_BxSxKxH, segment_BxT, segment_BxT)
 
     def part(q, k, v, segment, visible, offset):
         if queries[1]:
