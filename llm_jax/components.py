@@ -173,7 +173,8 @@ class Mesh:
     expert: int = 1
     """Experts are spread over it, and tokens sent to them (GShard, Lepikhin et al. 2020)."""
     sequence: int = 1
-    """Positions of a row are spread over it; keys and values are gathered (context parallelism, Llama 3, 2024, section 3.3.2)."""
+    """Positions of a row are spread over it (context parallelism). Attention exchanges them for heads where it divides those of queries and
+    keys (DeepSpeed-Ulysses, Jacobs et al. 2023), else keys and values are gathered (Llama 3, 2024, section 3.3.2)."""
 
     def __post_init__(self) -> None:
         check_types(self, "mesh")

@@ -59,20 +59,20 @@ def attend(
 
     cuDNN's kernel has no mask but causality and a window: given a mask as an array it is three times slower. So documents are told
     apart by a kernel of ours, which small models have in any case (kernels.small). Where neither serves, a window that divides a longer
-    row is computed in blocks. On a mesh each device attends for its own rows, heads and queries.
+    row is computed in blocks. On a mesh each device attends for its own rows and heads, and for whole rows or its own queries.
     """
     small = kernels.small(q_BxTxNxH.shape[2] * q_BxTxNxH.shape[3], k_BxSxKxH.shape[1])
     how = {"window": window, "causal": causal, "small": small}
     if axes.mesh().empty:
         return _attend(q_BxTxNxH, k_BxSxKxH, v_BxSxKxH, segment_BxT, visible_BxS, offset, **how)
-    (K, tensor), continues = (k_BxSxKxH.shape[2], axes.size("tensor")), offset is not None
-    heads = "heads" if q_BxTxNxH.shape[2] % tensor == 0 and (K == 1 or K % tensor == 0) else None
+    (T, N, H), (S, K) = q_BxTxNxH.shape[1:], k_BxSxKxH.shape[1:3]
+    tensor, shards, continues = axes.size("tensor"), axes.size("sequence"), offset is not None
+    heads = "heads" if N % tensor == 0 and (K == 1 or K % tensor == 0) else None
     queries = axes.spec(("rows", None if continues else "sequence", heads), q_BxTxNxH.shape)
     keys = axes.spec(("rows", None, heads), k_BxSxKxH.shape)
     rows, whole = PartitionSpec(keys[0]), PartitionSpec()
-    T, N, H = q_BxTxNxH.shape[1:]
-    shards = axes.size("sequence") if queries[1] else 1
-    if shards > 1 and visible_BxS is None and splash.serves(T, k_BxSxKxH.shape[1], H, shards):
+    by_heads = queries[1] and N % (tensor * shards) == K % (tensor * shards) == 0
+    if queries[1] and not by_heads and visible_BxS is None and splash.serves(T, S, H, shards):
         kernel = splash.make(T, N // (tensor if heads else 1), window, causal, shards)
         of_kernel = kernel.manual_sharding_spec(NamedSharding(axes.mesh(), PartitionSpec(None, "sequence")))
         own = PartitionSpec(*queries[:2])
@@ -80,10 +80,15 @@ def attend(
         return spread(kernel, q_BxTxNxH, k_BxSxKxH, v_BxSxKxH, segment_BxT, segment_BxT)
 
     def part(q, k, v, segment, visible, offset):
+        if by_heads:  # whole rows of fewer heads: as much work for each device, by all kernels (Jacobs et al. 2023)
+            q, k, v = (jax.lax.all_to_all(x, "sequence", split_axis=2, concat_axis=1, tiled=True) for x in (q, k, v))
+            y = _attend(q, k, v, segment, visible, offset, **how)
+            return jax.lax.all_to_all(y, "sequence", split_axis=1, concat_axis=2, tiled=True)
         if queries[1]:
             offset = jax.lax.axis_index("sequence") * q.shape[1]
         return _attend(q, k, v, segment, visible, offset, **how)
 
+    keys = queries if by_heads else keys
     spread = axes.local(part, (queries, keys, keys, rows, rows, whole), queries)
     return spread(q_BxTxNxH, k_BxSxKxH, v_BxSxKxH, segment_BxT, visible_BxS, offset)
 

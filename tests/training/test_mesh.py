@@ -349,9 +349,10 @@ def test_the_loss_kernel_on_a_mesh(monkeypatch):
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize(("kv_heads", "window"), [(1, None), (2, 4)])
-def test_attention_on_a_mesh(kv_heads, window):
-    """Rows, heads and queries are spread, and a key that several devices read has the sum of their gradients."""
+@pytest.mark.parametrize(("kv_heads", "window", "exchanged"), [(1, None, False), (2, 4, False), (4, None, True)])
+def test_attention_on_a_mesh(kv_heads, window, exchanged):
+    """Rows, heads and queries are spread, and a key that several devices read has the sum of their gradients. Where there are heads for all
+    devices of a row, they exchange positions for heads, and none has to gather all keys."""
     q, k, v = normals(4, 16, 4, 8), normals(4, 16, kv_heads, 8, seed=1), normals(4, 16, kv_heads, 8, seed=2)
     toward, segments = normals(4, 16, 4, 8, seed=3), jnp.asarray(np.arange(16) // 6 + np.zeros((4, 1)), jnp.int32)
 
@@ -363,7 +364,10 @@ def test_attention_on_a_mesh(kv_heads, window):
             jax.value_and_grad(functools.partial(value, f, segment_BxT), argnums=(0, 1, 2))
             for f in (attention.attend, attention.attend_plain)
         )
-        assert_close(under(Mesh(sequence=2, tensor=2), spread, q, k, v), plain(q, k, v))
+        mesh = Mesh(sequence=2, tensor=2)
+        assert_close(under(mesh, spread, q, k, v), plain(q, k, v))
+        program = meshes.traced(meshes.make(config(mesh=mesh)), jax.make_jaxpr(spread))(q, k, v)
+        assert ("all_to_all" in str(program)) == exchanged
 
 
 @pytest.mark.slow

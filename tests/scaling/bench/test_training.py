@@ -2,7 +2,6 @@
 
 import json
 import math
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -77,34 +76,37 @@ def test_a_mesh_beside_its_devices_alone(mixed_dtypes, monkeypatch):
     assert f"x {found['tokens_per_second'] / slowest:.3f} of" in training.describe(found)
 
 
-def test_queued_rounds_are_from_end_to_end():
-    """A call that a device runs while the host does other things counts from the end of the one before, and no wait of the host's does."""
+def test_queued_rounds_are_from_end_to_end(monkeypatch):
+    """By a clock of its own: a device of calls of two steps and 0.2 s, and a host that takes 0.1 s between rounds."""
+    now = free = 0.0
+    monkeypatch.setattr(training.time, "perf_counter", lambda: now)
 
-    class Metrics(dict):
-        """Of two steps that end at a given time."""
+    class Steps:
+        """Metrics of a call, which ends at a given time."""
 
         def __init__(self, ends):
-            super().__init__(nll=self)
             self.ends = ends
 
         def __array__(self, *_, **__):
-            time.sleep(max(0.0, self.ends - time.perf_counter()))
+            nonlocal now
+            now = max(now, self.ends)
             return np.zeros(2)
-
-    free = time.perf_counter()
 
     def dispatch():
         nonlocal free
-        free = max(free, time.perf_counter()) + 0.1
-        return Metrics(free)
+        free = max(free, now) + 0.2
+        return {"nll": Steps(free)}
 
-    for rounds, wanted in ((training.queued(dispatch), 0.05), (training.waited(dispatch), 0.05)):
-        rounds()
-        assert rounds()[0] == pytest.approx(wanted, abs=0.01)
+    for kind, wanted in ((training.queued, 0.1), (training.waited, 0.1)):
+        round_ = kind(dispatch)
+        round_()
+        now += 0.1  # hidden by the call that runs, or between two that do not
+        assert round_()[0] == pytest.approx(wanted)
+    now += 0.3  # longer than a call: the device has waited
     round_ = training.queued(dispatch)
     round_()
-    time.sleep(0.05)  # hidden by the call that runs
-    assert round_()[0] == pytest.approx(0.05, abs=0.01)
+    now += 0.3
+    assert round_()[0] == pytest.approx(0.15)
 
 
 @pytest.mark.parametrize(
