@@ -85,10 +85,15 @@ def _replicated(model: Model, mesh: Mesh | None) -> bool:
     return copies and not model.experts.number and not model.dropout
 
 
+NVLINKED = ("NVIDIA H100 80GB HBM3", "NVIDIA H200")
+"""GPUs whose pairs reach each other's memory wherever they are sold; of others XLA would have to be asked, and cannot."""
+
+
 def _swap(mesh: Mesh | None) -> bool:
-    """Whether replicas are two GPUs of one process, which reach each other's memory."""
+    """Whether replicas are two GPUs of one process that are known to reach each other's memory."""
     devices = [] if mesh is None else list(mesh.devices.flat)
-    return len(devices) == 2 and devices[0].platform == "gpu" and len({one.process_index for one in devices}) == 1
+    linked = [(one.process_index, one.device_kind) for one in devices if one.device_kind in NVLINKED]
+    return len(devices) == len(linked) == 2 and len(set(linked)) == 1
 
 
 def _options(model: Model, mesh: Mesh | None) -> dict[str, Any]:

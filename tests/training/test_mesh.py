@@ -6,6 +6,7 @@ A reduction over the wrong axis trains on, only worse: so meshes are held to one
 import functools
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -110,6 +111,20 @@ def test_two_replicas_that_swap_gradients_train_as_those_that_sum_them(monkeypat
     assert text.count('"stablehlo.collective_permute"') == 7  # the matrices
     jax.tree.map(np.testing.assert_array_equal, trained(cfg), summed)
     programs.compiled_call.cache_clear()
+
+
+def test_only_linked_gpus_of_one_process_swap():
+    """Others sum by NCCL, which finds a way between any two; a copy into memory that is out of reach ends a run."""
+
+    def swap(*devices):
+        devices = [SimpleNamespace(device_kind=kind, process_index=process) for kind, process in devices]
+        return programs._swap(SimpleNamespace(devices=np.array(devices)))
+
+    h200, other = ("NVIDIA H200", 0), ("NVIDIA GeForce RTX 4090", 0)
+    assert swap(h200, h200)
+    assert not any(
+        (swap(h200), swap(h200, ("NVIDIA H200", 1)), swap(other, other), swap(*4 * [h200]), programs._swap(None))
+    )
 
 
 def test_every_device_has_its_part_of_the_state_alone():
