@@ -59,12 +59,19 @@ def attend(
 
     cuDNN's kernel has no mask but causality and a window: given a mask as an array it is three times slower. So documents are told
     apart by a kernel of ours, which small models have in any case (kernels.small). Where neither serves, a window that divides a longer
-    row is computed in blocks. On a mesh each device attends for its own rows and heads, and for whole rows or its own queries.
+    row is computed in blocks.
     """
     small = kernels.small(q_BxTxNxH.shape[2] * q_BxTxNxH.shape[3], k_BxSxKxH.shape[1])
     how = {"window": window, "causal": causal, "small": small}
     if axes.mesh().empty:
         return _attend(q_BxTxNxH, k_BxSxKxH, v_BxSxKxH, segment_BxT, visible_BxS, offset, **how)
+    return _on_mesh(q_BxTxNxH, k_BxSxKxH, v_BxSxKxH, segment_BxT, visible_BxS, offset, **how)
+
+
+def _on_mesh(q_BxTxNxH, k_BxSxKxH, v_BxSxKxH, segment_BxT, visible_BxS, offset, **how):
+    """Each device attends for its own rows and heads. Where positions are spread it gets those of whole rows, and gives heads for them: as
+    much work for each, by all kernels (DeepSpeed-Ulysses, Jacobs et al. 2023). With too few heads it has its own queries and all keys
+    (Llama 3, 2024, section 3.3.2)."""
     (T, N, H), (S, K) = q_BxTxNxH.shape[1:], k_BxSxKxH.shape[1:3]
     tensor, shards, continues = axes.size("tensor"), axes.size("sequence"), offset is not None
     heads = "heads" if N % tensor == 0 and (K == 1 or K % tensor == 0) else None
@@ -73,14 +80,14 @@ def attend(
     rows, whole = PartitionSpec(keys[0]), PartitionSpec()
     by_heads = queries[1] and N % (tensor * shards) == K % (tensor * shards) == 0
     if queries[1] and not by_heads and visible_BxS is None and splash.serves(T, S, H, shards):
-        kernel = splash.make(T, N // (tensor if heads else 1), window, causal, shards)
+        kernel = splash.make(T, N // (tensor if heads else 1), how["window"], how["causal"], shards)
         of_kernel = kernel.manual_sharding_spec(NamedSharding(axes.mesh(), PartitionSpec(None, "sequence")))
         own = PartitionSpec(*queries[:2])
         spread = axes.local(splash.apply, (of_kernel, queries, keys, keys, own, rows), queries)
         return spread(kernel, q_BxTxNxH, k_BxSxKxH, v_BxSxKxH, segment_BxT, segment_BxT)
 
     def part(q, k, v, segment, visible, offset):
-        if by_heads:  # whole rows of fewer heads: as much work for each device, by all kernels (Jacobs et al. 2023)
+        if by_heads:
             q, k, v = (jax.lax.all_to_all(x, "sequence", split_axis=2, concat_axis=1, tiled=True) for x in (q, k, v))
             y = _attend(q, k, v, segment, visible, offset, **how)
             return jax.lax.all_to_all(y, "sequence", split_axis=1, concat_axis=2, tiled=True)
