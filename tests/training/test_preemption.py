@@ -46,13 +46,17 @@ def test_ctrl_c_in_a_finalizer_is_not_lost():
         def __del__(self):
             signal.raise_signal(signal.SIGINT)
 
-    with preemption.noticed() as told:
-        it = Finalized()
-        del it
-        with pytest.raises(KeyboardInterrupt):
-            told()
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)  # elsewhere it is raised where it comes
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        with preemption.noticed() as told:
+            it = Finalized()
+            del it
+            with pytest.raises(KeyboardInterrupt):
+                told()
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)  # elsewhere it is raised where it comes
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_sigterm_saves_at_the_call_under_way(cfg, tmp_path):
