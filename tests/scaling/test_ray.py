@@ -231,6 +231,7 @@ def test_a_trial_of_a_slice(tmp_path, corpus, monkeypatch):
         for worker in ("1", "0"):
             resources = {"TPU": 4} | ({"TPU-v4-16-head": 1} if worker == "0" else {})
             node = cluster.add_node(num_cpus=1, resources=resources, labels=slice_of | {"ray.io/tpu-worker-id": worker})
+        monkeypatch.delenv("TPU_NAME")  # else Ray labels this one so too
         cluster.add_node(num_cpus=1, resources={"TPU": 4})  # no part of it
         with open(tmp_path / "log", "w") as log:
             sweep = subprocess.Popen(
