@@ -147,9 +147,12 @@ def aot(cfg: Config, topology: str, quick: bool = False) -> dict[str, Any]:
 def has_kernel(cfg: Config, sizes: Mapping[str, int]) -> bool:
     """Whether attention on a TPU is the splash kernel for such a mesh."""
     from llm_jax.kernels import splash
+    from llm_jax.models.attention import exchanges
 
-    context = cfg.data.context
-    return cfg.model.family == "transformer" and splash.fits(context, context, cfg.model.head_width, sizes["sequence"])
+    model, context = cfg.model, cfg.data.context
+    whole = exchanges(model.num_heads, model.kv_heads, sizes["tensor"], sizes["sequence"])
+    parts = 1 if whole else sizes["sequence"]
+    return model.family == "transformer" and splash.fits(context, context, model.head_width, parts)
 
 
 def _params(cfg: Config) -> int:

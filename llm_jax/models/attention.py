@@ -68,6 +68,11 @@ def attend(
     return _on_mesh(q_BxTxNxH, k_BxSxKxH, v_BxSxKxH, segment_BxT, visible_BxS, offset, **how)
 
 
+def exchanges(heads: int, kv_heads: int, tensor: int, sequence: int) -> bool:
+    """Whether devices along the axis `sequence` exchange positions for heads: where there are heads of both kinds for all of them."""
+    return heads % (tensor * sequence) == kv_heads % (tensor * sequence) == 0
+
+
 def _on_mesh(q_BxTxNxH, k_BxSxKxH, v_BxSxKxH, segment_BxT, visible_BxS, offset, **how):
     """Each device attends for its own rows and heads. Where positions are spread it gets those of whole rows, and gives heads for them: as
     much work for each, by all kernels (DeepSpeed-Ulysses, Jacobs et al. 2023). With too few heads it has its own queries and all keys
@@ -78,7 +83,7 @@ def _on_mesh(q_BxTxNxH, k_BxSxKxH, v_BxSxKxH, segment_BxT, visible_BxS, offset, 
     queries = axes.spec(("rows", None if continues else "sequence", heads), q_BxTxNxH.shape)
     keys = axes.spec(("rows", None, heads), k_BxSxKxH.shape)
     rows, whole = PartitionSpec(keys[0]), PartitionSpec()
-    by_heads = queries[1] and N % (tensor * shards) == K % (tensor * shards) == 0
+    by_heads = queries[1] and exchanges(N, K, tensor, shards)
     if queries[1] and not by_heads and visible_BxS is None and splash.serves(T, S, H, shards):
         kernel = splash.make(T, N // (tensor if heads else 1), how["window"], how["causal"], shards)
         of_kernel = kernel.manual_sharding_spec(NamedSharding(axes.mesh(), PartitionSpec(None, "sequence")))

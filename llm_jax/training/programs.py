@@ -63,10 +63,9 @@ def _step(model: Model, train: Train, prefix: int, mesh: Mesh | None):
     loss_fn, adjust = pretrain.loss_fn(model, train, prefix), pretrain.adjust_fn(model, train.freeze)
     # Products give gradients in the model's dtype, of one microbatch. Of looked-up rows each device's sum is rounded to it.
     dtype = model.dtype if train.grad_accumulation == 1 else "float32"
+    replicas = Replicas("data", dtype, train.freeze, _swap(mesh)) if _replicated(model, mesh) else None
     if train.compile == "pmap":
-        replicas: Replicas | None = REPLICAS._replace(dtype=dtype)
-    else:
-        replicas = Replicas("data", dtype, _swap(mesh)) if _replicated(model, mesh) else None
+        replicas = Replicas(REPLICAS, dtype, train.freeze)
     step = make_train_step(loss_fn, adamw(train), train.grad_accumulation, adjust, replicas)
     if train.compile == "pmap":
         return step
@@ -86,7 +85,7 @@ def _replicated(model: Model, mesh: Mesh | None) -> bool:
 
 
 NVLINKED = ("NVIDIA H100 80GB HBM3", "NVIDIA H200")
-"""GPUs whose pairs reach each other's memory wherever they are sold; of others XLA would have to be asked, and cannot."""
+"""GPUs whose pairs reach each other's memory; of others XLA would have to be asked, and cannot. Timed on H200s."""
 
 
 def _swap(mesh: Mesh | None) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from llm_jax import axes
-from llm_jax.training.optimizer import matrices
+from llm_jax.training.optimizer import matrices, trained
 
 Batch = Any
 """A pytree of arrays whose leading axis is rows."""
@@ -37,8 +37,10 @@ class Replicas(NamedTuple):
     """Whole copies of the state, along an axis of shard_map or pmap, that train on rows of their own."""
 
     axis: str
-    dtype: str = "float32"
+    dtype: str
     """In which gradients of matrices travel."""
+    freeze: tuple[str, ...] = ()
+    """train.freeze: gradients that are zero stay where they are."""
     swap: bool = False
     """Of two: each sends its gradients to the other, and both add. As many bytes as a sum of both by NCCL, but by GPUs' copy engines."""
 
@@ -49,7 +51,9 @@ class Replicas(NamedTuple):
         into buffers of 30 MB for that and out again, and products that run beside NCCL's kernels lose what they were to gain.
         """
 
-        def total(grad, matrix):
+        def total(grad, matrix, moves):
+            if not moves:
+                return grad
             if not matrix:
                 return jax.lax.psum(grad, self.axis)
             sent = grad.astype(self.dtype)
@@ -57,7 +61,7 @@ class Replicas(NamedTuple):
                 return jax.lax.psum(sent, self.axis).astype(grad.dtype)
             return sent.astype(grad.dtype) + jax.lax.ppermute(sent, self.axis, [(0, 1), (1, 0)]).astype(grad.dtype)
 
-        return jax.tree.map(total, grads, matrices(grads))
+        return jax.tree.map(total, grads, matrices(grads), trained(grads, self.freeze))
 
 
 def init_state(params: Any, init_opt: Callable[[Any], Any], seed: int) -> TrainState:
@@ -140,15 +144,15 @@ def make_joined_call(step, steps_per_call: int, **compilation: Any):
     return jax.jit(call, donate_argnums=0, **compilation)
 
 
-REPLICAS = Replicas("replicas")
-"""Those of make_replica_call."""
+REPLICAS = "replicas"
+"""The axis of make_replica_call."""
 
 
 def make_replica_call(step, steps_per_call: int, devices: Sequence[Any]):
     """make_train_call through jax.pmap: each array of the state has an axis of devices before it, and each device reads its share of the
     rows of `batches`."""
     call = jax.pmap(
-        _steps(step, steps_per_call), REPLICAS.axis, in_axes=(0, 1, None, None), devices=devices, donate_argnums=0
+        _steps(step, steps_per_call), REPLICAS, in_axes=(0, 1, None, None), devices=devices, donate_argnums=0
     )
 
     def cut(x):

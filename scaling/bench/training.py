@@ -48,10 +48,13 @@ def bench_train(cfg: Config, lanes: int = 1, alone: bool = False) -> dict[str, A
         raise BadInput(f"--lanes must be positive, got {lanes}")
     if lanes > 1 and asks_for_several(cfg):
         raise BadInput("lanes share one device: leave mesh and train.compile at their defaults, or --lanes at 1")
-    if not alone:
-        return _taken(cfg, lanes)
-    if not asks_for_several(cfg):
+    if alone and not asks_for_several(cfg):
         raise BadInput("--alone is beside several devices; ask for them, for instance by --mesh.data -1")
+    return _beside_one(cfg) if alone else _taken(cfg, lanes)
+
+
+def _beside_one(cfg: Config) -> dict[str, Any]:
+    """The record of a mesh, and under "alone" how each of its devices did before."""
     from llm_jax.training import mesh as meshes
 
     mesh = meshes.make(cfg)
@@ -60,18 +63,13 @@ def bench_train(cfg: Config, lanes: int = 1, alone: bool = False) -> dict[str, A
     one = replace(cfg, train=train, mesh=Mesh(data=1))
     found = {f"{device.platform}:{device.id}": _taken(one, devices=[device]) for device in mesh.devices.flat}
     every = _taken(cfg)
-    return every | {
-        "alone": [
-            {
-                "device": name,
-                "rows": rows,
-                "seconds_per_step": each["seconds_per_step"],
-                "tokens_per_second": each["tokens_per_second"],
-                "speedup": every["tokens_per_second"] / each["tokens_per_second"],
-            }
-            for name, each in found.items()
-        ]
-    }
+    speed = every["tokens_per_second"]
+    alone = [
+        {"device": name, "speedup": speed / each["tokens_per_second"]}
+        | {key: each[key] for key in ("rows", "seconds_per_step", "tokens_per_second")}
+        for name, each in found.items()
+    ]
+    return every | {"alone": alone}
 
 
 def _taken(cfg: Config, lanes: int = 1, devices: Sequence[Any] | None = None) -> dict[str, Any]:

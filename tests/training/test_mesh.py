@@ -188,6 +188,13 @@ def test_replicas_exchange_each_gradient_once_a_step(accumulation, dtype):
     assert sorted(found) == sorted([*wanted, ((), "f32"), ((), "f32")])  # and the sums of losses and weights
 
 
+def test_replicas_exchange_nothing_of_what_is_frozen():
+    """Its gradients are zeros."""
+    cfg = config(mesh=Mesh(data=8), freeze=("blocks",))
+    text = programs.lower(cfg, meshes.make(cfg)).as_text()
+    assert text.count('"stablehlo.all_reduce"') == 4  # embedding, last norm, losses, weights
+
+
 def leaves_of_both(*trees):
     return zip(*map(jax.tree.leaves, trees), strict=True)
 

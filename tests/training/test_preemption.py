@@ -40,7 +40,7 @@ def test_signals_come_back_to_what_they_did():
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_ctrl_c_in_a_finalizer_is_not_lost():
-    """Python forgets what is raised there: of two processes one trained on for hours, and the user pressed again."""
+    """Python forgets what is raised there, and the run would go on."""
 
     class Finalized:
         def __del__(self):
