@@ -39,7 +39,7 @@ def test_an_attempt_that_trained_nothing_is_lost():
 def test_a_run_knows_where_its_time_went(tiny, tmp_path):
     """In the rows, which status prints, and in the report; in the table and its hash never, which are the same bits everywhere."""
     cfg = override(tiny, {"train.tokens": 64 * 64, "train.warmup_steps": 2})
-    small = Experiment(cfg.model, cfg.data, cfg.train, axes=axis("train.seed", [0, 1]))
+    small = Experiment(cfg.model, cfg.data, cfg.train, axes=axis("train.seed", [0, 1, 2]))
     prepared = prepare.prepare(cfg)
     folder = tmp_path / "run"
     ledger.create(folder, "small", "", small, experiment.trials(small), prepared)
@@ -50,7 +50,8 @@ def test_a_run_knows_where_its_time_went(tiny, tmp_path):
         assert row["time"]["step"] == pytest.approx(row["goodput"] * sum(row["time"].values()))
         assert {"start", "evaluation", "checkpoint"} <= set(row["time"])
     compile_seconds = [row["time"].get("compile", 0) for row in ledger.rows(folder)]
-    assert max(compile_seconds) > 10 * min(compile_seconds), "the second has the shape of the first"
+    # Two others, as one may wait a second for the machine; a call that is slow for that is no compilation.
+    assert max(compile_seconds) > 10 * min(compile_seconds), "the others have the shape of the first"
     assert not {"goodput", "time", "attempts"} & set((folder / "table.csv").read_text().splitlines()[0].split(","))
     page = content.write_report(folder)[0].read_text()
     assert re.search(r"Where the time went</h2><p>Goodput [\d.]+ %", page)
