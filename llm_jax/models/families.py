@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -48,6 +49,7 @@ def _module(cfg: Model, train: bool = False) -> Any:
 
 
 def _boxed(cfg: Model, key: jax.Array) -> Params:
+    cfg = replace(cfg, scan_layers=True)  # the same numbers; on a GPU, 12 layers one by one compile for half a minute
     prefix = (1,) if cfg.encodes else ()
     params = _module(cfg).init(key, jnp.zeros((1, 2), jnp.int32), None, None, *prefix)["params"]
     if cfg.media.kind == "none":
