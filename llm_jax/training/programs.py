@@ -85,7 +85,7 @@ def _replicated(model: Model, mesh: Mesh | None) -> bool:
 
 
 NVLINKED = ("NVIDIA H100 80GB HBM3", "NVIDIA H200")
-"""GPUs whose pairs reach each other's memory; of others XLA would have to be asked, and cannot. Timed on H200s."""
+"""GPUs whose pairs reach each other's memory; of others XLA would have to be asked, and cannot. Timed on both."""
 
 
 def _swap(mesh: Mesh | None) -> bool:
