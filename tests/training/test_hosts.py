@@ -32,14 +32,16 @@ OPTIONS = {
 }
 
 
-def start(run: Path, corpus: Path, steps: int, processes: int, devices: int) -> list[subprocess.Popen]:
-    """llm-jax train as so many processes of so many simulated devices each."""
+def start(
+    run: Path, corpus: Path, steps: int, processes: int, devices: int, fsdp: int | None = None
+) -> list[subprocess.Popen]:
+    """llm-jax train as so many processes of so many simulated devices each; mesh.fsdp=2 where there are two, or as said."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     env = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "NPROC": "64"}
     options = {**OPTIONS, "data.files": f"{corpus}/*", "train.tokens": 256 * steps}
-    options |= {"mesh.fsdp": min(2, processes * devices), "num_processes": processes}
+    options |= {"mesh.fsdp": fsdp or min(2, processes * devices), "num_processes": processes}
     if processes > 1:
         options["coordinator"] = f"localhost:{port}"
     words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
@@ -69,9 +71,11 @@ def params(run: Path) -> list[np.ndarray]:
     return [np.asarray(leaf) for leaf in leaves]
 
 
-def test_two_processes_train_as_one(corpus, tmp_path):
-    """The same trial: every line of metrics, the held-out loss and the parameters to rounding; one record, two parts of a checkpoint."""
-    two = finish(start(tmp_path / "two", corpus, 16, processes=2, devices=2))
+@pytest.mark.parametrize("fsdp", [2, pytest.param(1, marks=pytest.mark.slow)])
+def test_two_processes_train_as_one(fsdp, corpus, tmp_path):
+    """The same trial: every line of metrics, the held-out loss and the parameters to rounding; one record, two parts of a checkpoint. With
+    parameters spread, and by replicas."""
+    two = finish(start(tmp_path / "two", corpus, 16, processes=2, devices=2, fsdp=fsdp))
     one = finish(start(tmp_path / "one", corpus, 16, processes=1, devices=1))
     assert two["id"] == one["id"]
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
