@@ -28,7 +28,7 @@ from scaling.hardware import PEAK_FLOPS
 ROUNDS, WARM_UP = 10, 2
 """Calls that are timed, and that are not; the median counts."""
 WARM_SECONDS = 10
-"""For which a GPU or TPU also warms up: at the limit of its power a GPU takes 1 to 2 % longer a step when it is hot than when it was idle."""
+"""For which a GPU or TPU also warms up: at the limit of its power a hot GPU takes 1 to 2 % longer a step."""
 MATRIX = 1024
 """Side of NumPy's matrices."""
 

@@ -129,25 +129,25 @@ def attention(options: AttentionOptions) -> None:
 
 def aot(options: AotOptions) -> int:
     """Compiles a training step for a TPU slice and prints what was found; 1 where it does not fit."""
-    from scaling import aot as ahead
     from scaling import experiment as experiments
     from scaling import hardware, tables
+    from scaling.aot import slices
 
     hardware.tpu_slice(options.topology)
-    ahead.prepare()
+    slices.prepare()
     base, _ = chosen_experiment(options)
     point = {"depth": options.depth} if options.depth is not None else {}
     config = experiments.trial(base.config, base.ladder, point).config
     if options.find:
-        from scaling import mesh_search
+        from scaling.aot import search
         from scaling.progress import progress
 
         with progress("aot", options.tries, " programs") as update:
-            best = mesh_search.find(
+            best = search.find(
                 config, options.topology, options.batches, options.tries, lambda done, _, what: update(done, what)
             )
-        print(jsonlib.dumps(tables.finite(best)) if options.json else mesh_search.describe(best))
+        print(jsonlib.dumps(tables.finite(best)) if options.json else search.describe(best))
         return 0 if best["best"] else 1
-    found = ahead.aot(config, options.topology, options.quick)
-    print(jsonlib.dumps(tables.finite(found)) if options.json else ahead.describe(found))
+    found = slices.aot(config, options.topology, options.quick)
+    print(jsonlib.dumps(tables.finite(found)) if options.json else slices.describe(found))
     return 0 if found["fits"] else 1

@@ -17,7 +17,8 @@ from llm_jax.data import prepare
 from llm_jax.settings import BadInput
 from llm_jax.training import loop, programs
 from llm_jax.training import mesh as meshes
-from scaling import aot, cli, footprint, hardware, hlo, mesh_search
+from scaling import cli, hardware
+from scaling.aot import footprint, hlo, search, slices
 
 needs_devices = pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
 needs_libtpu = pytest.mark.skipif(
@@ -146,7 +147,7 @@ def test_what_is_computed_again():
     sizes = dict.fromkeys(meshes.NAMES, 1)
     of = {
         name: footprint.extra_flops(config(replace(MODEL, recompute=name)), sizes, kernel=True)
-        for name in aot.RECOMPUTE
+        for name in slices.RECOMPUTE
     }
     per_matrix = 2 * 3 * 256 * MODEL.ff_width
     assert of["nothing"] == of["elementwise"] == 0
@@ -180,9 +181,9 @@ def test_what_aot_refuses_in_one_line(words, message, monkeypatch, capsys):
 @pytest.fixture
 def libtpu(monkeypatch):
     """The environment that the verb would set, for this test alone."""
-    for name, value in aot.ENVIRONMENT.items():
+    for name, value in slices.ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(aot, "prepare", lambda: None)
+    monkeypatch.setattr(slices, "prepare", lambda: None)
     jax.config.update("jax_exec_time_optimization_effort", -1.0)
     with jax.numpy_dtype_promotion("standard"):
         yield
@@ -205,7 +206,7 @@ def test_a_tpus_program_takes_what_a_cpus_takes(model, mesh, libtpu):
     cfg = config(model, mesh)
     lowered = {
         name: programs.lower(cfg, meshes.make(cfg, devices))
-        for name, devices in (("tpu", aot.devices("v5e:2x4")), ("cpu", jax.devices()))
+        for name, devices in (("tpu", slices.devices("v5e:2x4")), ("cpu", jax.devices()))
     }
     assert shapes(lowered["tpu"].args_info) == shapes(lowered["cpu"].args_info)
     took = {
@@ -252,15 +253,15 @@ def test_find_compiles_the_fastest_first_and_nothing_larger_than_what_did_not_fi
         rate = 1 / max(reckoned.seconds(hardware.SLICES["v5e"]).values())
         return {"fits": len(compiled) > 1, "tokens_per_second": rate, "step_seconds_no_overlap": reckoned.memory}
 
-    monkeypatch.setattr(aot, "aot", compiler)
-    monkeypatch.setattr(aot, "devices", lambda topology: [None] * 16)
-    found = mesh_search.find(cfg, "v5e:4x4", tries=2)
+    monkeypatch.setattr(slices, "aot", compiler)
+    monkeypatch.setattr(slices, "devices", lambda topology: [None] * 16)
+    found = search.find(cfg, "v5e:4x4", tries=2)
     assert len(compiled) == 3 and max(compiled[1:]) < compiled[0]
     assert found["candidates"] > found["reckoned_to_fit"] > 3
     assert found["best"] == max(found["tried"][1:], key=lambda one: one["tokens_per_second"])
     assert found["best"]["overrides"]["train.tokens_per_step"] == 1024 * CONTEXT
-    every = list(mesh_search.candidates(cfg, 16, batches=[32 * CONTEXT, 64 * CONTEXT]))
+    every = list(search.candidates(cfg, 16, batches=[32 * CONTEXT, 64 * CONTEXT]))
     assert {one.config.train.tokens_per_step for one in every} == {32 * CONTEXT, 64 * CONTEXT}
     assert all(np.prod(list(one.sizes.values())) == 16 for one in every)
     with pytest.raises(BadInput, match="no mesh of 16 devices divides 3 rows"):
-        mesh_search.find(replace(cfg, train=replace(cfg.train, tokens_per_step=3 * CONTEXT)), "v5e:4x4")
+        search.find(replace(cfg, train=replace(cfg.train, tokens_per_step=3 * CONTEXT)), "v5e:4x4")

@@ -13,8 +13,8 @@ from typing import Any
 
 from llm_jax.config import Config
 from llm_jax.settings import BadInput, override
-from scaling import aot
-from scaling.footprint import Footprint, footprint
+from scaling.aot import slices
+from scaling.aot.footprint import Footprint, footprint
 from scaling.hardware import Slice, tpu_slice
 
 SPARE = 0.95
@@ -46,7 +46,7 @@ def candidates(cfg: Config, count: int, batches: Sequence[int] = ()) -> Iterator
     model = cfg.model
     powers = [2**n for n in range(count.bit_length()) if count % 2**n == 0]
     experts = [n for n in powers if model.experts.number % n == 0 and n <= model.experts.number] or [1]
-    recompute = aot.RECOMPUTE if model.family == "transformer" else (model.recompute,)
+    recompute = slices.RECOMPUTE if model.family == "transformer" else (model.recompute,)
     choices = (batches or (int(cfg.train.tokens_per_step),), powers, TENSOR, experts, MICROBATCHES, recompute)
     for tokens, fsdp, tensor, expert, pieces, again in itertools.product(*choices):
         if count % (fsdp * tensor * expert) or tokens % (cfg.data.context * pieces * (count // tensor)):
@@ -65,7 +65,7 @@ def candidates(cfg: Config, count: int, batches: Sequence[int] = ()) -> Iterator
             sizes = meshes.sizes(config, count, all_of_them=True)
         except BadInput:
             continue
-        yield Candidate(config, wanted, sizes, footprint(config, sizes, aot.has_kernel(config, sizes)))
+        yield Candidate(config, wanted, sizes, footprint(config, sizes, slices.has_kernel(config, sizes)))
 
 
 def find(
@@ -75,14 +75,14 @@ def find(
     tries: int = 3,
     note: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> dict[str, Any]:
-    """{"candidates", "reckoned_to_fit", "tried", "best"}: how many, and `aot.aot` of those that were compiled, each with its "overrides"
+    """{"candidates", "reckoned_to_fit", "tried", "best"}: how many, and `slices.aot` of those that were compiled, each with its "overrides"
     and what was reckoned; the best has the most tokens a second, and of equals the least to overlap. None where none fits.
 
     Compiled are the fastest until `tries` have fitted, twice as many at most. Where one does not fit, none that needs more is tried.
     """
     if tries < 1:
         raise BadInput(f"--tries must be at least 1, got {tries}")
-    chip, count = tpu_slice(topology), len(aot.devices(topology))
+    chip, count = tpu_slice(topology), len(slices.devices(topology))
     found = list(candidates(cfg, count, batches))
     if not found:
         raise BadInput(f"no mesh of {count} devices divides {cfg.rows_per_step} rows; give --batches, in tokens")
@@ -96,7 +96,7 @@ def find(
         if one.needs.memory >= limit:
             continue
         note(fits, tries, " ".join(f"{name} {size}" for name, size in one.sizes.items() if size > 1))
-        compiled = aot.aot(one.config, topology, quick=True)
+        compiled = slices.aot(one.config, topology, quick=True)
         if not compiled["fits"]:
             limit = one.needs.memory
         reckoned = {"reckoned_bytes": one.needs.memory, "reckoned_seconds": max(one.needs.seconds(chip).values())}

@@ -21,8 +21,8 @@ from typing import Any
 
 from llm_jax.config import Config
 from llm_jax.settings import BadInput, override
-from scaling import hlo
-from scaling.footprint import footprint, roofline
+from scaling.aot import hlo
+from scaling.aot.footprint import footprint, roofline
 from scaling.hardware import PEAK_FLOPS, Slice, tpu_slice
 
 ENVIRONMENT = {
