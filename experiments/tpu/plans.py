@@ -5,6 +5,7 @@
 It needs llm_jax[tpu] and no TPU: two CPU cores and four to ten minutes.
 """
 
+import argparse
 import datetime
 import json
 import subprocess
@@ -73,6 +74,7 @@ def table(found: dict) -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     found = {"date": str(datetime.date.today()), "command": COMMAND, "plans": []}
     for name, topology in PLANS.items():
         found["plans"].append(plan(name, topology))
