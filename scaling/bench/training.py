@@ -184,7 +184,8 @@ def record(cfg: Config, facts: dict[str, Any], rounds: Sequence[dict[str, Any]],
 
     seconds_per_step, of all lanes; tokens_per_second, all lanes together; mfu by flops_convention, over peak_flops (FLOP/s) that are those
     of peak_of, of all devices; memory_bytes, what the compiled program needs of a device by its own analysis, None with pmap;
-    allocated_bytes, the most that the allocator held, None on a CPU; compile_seconds; queued, whether rounds are those of `queued`.
+    allocated_bytes, the most that the allocator held, None on a CPU; compile_seconds; queued, whether rounds are those of `queued`, behind
+    WARM_SECONDS of others.
     On a CPU also cpu_seconds_per_step of the round that took least, and cpu_mfu, FLOPs a second of CPU time over those of NumPy's product,
     each at its best round: what others on the machine take from either does not count. None on a GPU.
     """
@@ -325,7 +326,7 @@ def describe(found: dict[str, Any]) -> str:
         "",
         f"tokens a second  {found['tokens_per_second']:,.0f}",
         f"step             {1e3 * found['seconds_per_step']:.3f} ms, median of {found['rounds']} calls of {found['steps_per_call']} steps,"
-        f" each {'queued behind the one before' if found['queued'] else 'waited for'}"
+        f" each {f'queued behind the one before, after {WARM_SECONDS} s of others' if found['queued'] else 'waited for'}"
         f" ({1e3 * found['fastest']:.3f} to {1e3 * found['slowest']:.3f})",
         f"utilisation      {100 * found['mfu']:.1f} % of {found['peak_flops'] / 1e12:,.3g} TFLOP/s ({found['peak_of']});"
         f" {found['flops_per_token']:,} FLOPs a token: {found['flops_convention']}",
