@@ -47,8 +47,8 @@ class Replicas(NamedTuple):
     def sum(self, grads: Any) -> Any:
         """Gradients of all replicas added up.
 
-        Here, of all layers at once and after the backward pass: XLA for GPUs sums the gradient of each layer for itself, which it copies
-        into buffers of 30 MB for that and out again, and products that run beside NCCL's kernels lose what they were to gain.
+        Here, of all layers at once: XLA for GPUs would sum the gradient of each layer for itself, which it copies into buffers of 30 MB
+        for that and out again.
         """
 
         def total(grad, matrix, moves):

@@ -9,10 +9,10 @@ from dataclasses import replace
 import pytest
 from jax.experimental import topologies
 
+from llm_jax import ladder
 from llm_jax.config import Config, Data, Experts, Mesh, Model, Train
 from llm_jax.training import mesh as meshes
 from llm_jax.training import programs
-from scaling.experiment import Ladder, trial
 
 pytest.importorskip("jax_plugins.xla_cuda13", reason="needs jax-cuda13-plugin; make test-gpu-programs installs it")
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("mixed_dtypes")]
@@ -61,7 +61,7 @@ def cudnn(monkeypatch):
 def compiled(model: Model, mesh: Mesh, count: int) -> str:
     """The scheduled program of a training call."""
     train = Train(tokens_per_step=ROWS * CONTEXT, steps_per_call=4)
-    config = trial(Config(model, Data(context=CONTEXT, tokenizer="bpe"), train, mesh), Ladder(), {}).config
+    config = ladder.resolve(Config(model, Data(context=CONTEXT, tokenizer="bpe"), train, mesh))
     chips = topologies.get_topology_desc("h100", platform="cuda", target_config=H100, topology=f"1x1x{count}").devices
     lowered = programs.lower(config, meshes.make(config, chips))
     return lowered.compile({"xla_gpu_autotune_level": "0"}).as_text()  # kernels are chosen by trying them on the chip

@@ -32,16 +32,14 @@ OPTIONS = {
 }
 
 
-def start(
-    run: Path, corpus: Path, steps: int, processes: int, devices: int, fsdp: int | None = None
-) -> list[subprocess.Popen]:
-    """llm-jax train as so many processes of so many simulated devices each; mesh.fsdp=2 where there are two, or as said."""
+def start(run: Path, corpus: Path, steps: int, processes: int, devices: int, fsdp: int = 2) -> list[subprocess.Popen]:
+    """llm-jax train as so many processes of so many simulated devices each."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     env = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "NPROC": "64"}
     options = {**OPTIONS, "data.files": f"{corpus}/*", "train.tokens": 256 * steps}
-    options |= {"mesh.fsdp": fsdp or min(2, processes * devices), "num_processes": processes}
+    options |= {"mesh.fsdp": min(fsdp, processes * devices), "num_processes": processes}
     if processes > 1:
         options["coordinator"] = f"localhost:{port}"
     words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
